@@ -1,0 +1,48 @@
+# What the README and CI call. Everything is installed into .venv from constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Never ask a model hub from a test, and keep thread pools at the size of the machine.
+TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: quickstart test check fast format bench readme clean
+.DEFAULT_GOAL := check
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+quickstart: $(VENV)/.demo
+	$(BIN)/sae-emotion quickstart
+
+test: $(VENV)/.test
+	$(TEST_ENV) $(BIN)/python -m pytest -q
+
+fast: $(VENV)/.test
+	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+check: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(VENV)/.test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.test
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+readme: $(VENV)/.test
+	$(BIN)/python tests/readme_reference.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,64 @@
+"""Find, steer and train emotion features of language models with sparse autoencoders, beside SAELens.
+
+Every public name is imported on first use, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sae_emotion_plugin.activations import mean_norm as mean_norm
+    from sae_emotion_plugin.discovery import FeatureScores as FeatureScores
+    from sae_emotion_plugin.discovery import choose_pooling as choose_pooling
+    from sae_emotion_plugin.discovery import score_features as score_features
+    from sae_emotion_plugin.emotion_texts import LabelledTexts as LabelledTexts
+    from sae_emotion_plugin.evaluation import evaluate as evaluate
+    from sae_emotion_plugin.generation import generate as generate
+    from sae_emotion_plugin.judges import Generations as Generations
+    from sae_emotion_plugin.models import load_model as load_model
+    from sae_emotion_plugin.openai_format import load_openai_checkpoint as load_openai_checkpoint
+    from sae_emotion_plugin.openai_format import openai_disk_loader as openai_disk_loader
+    from sae_emotion_plugin.plugin import load_dictionary as load_dictionary
+    from sae_emotion_plugin.plugin import register as register
+    from sae_emotion_plugin.recipes import TrainingRecipe as TrainingRecipe
+    from sae_emotion_plugin.sparse_codes import SparseCodes as SparseCodes
+    from sae_emotion_plugin.sparse_codes import encode_texts as encode_texts
+    from sae_emotion_plugin.interventions import SteeringPlan as SteeringPlan
+    from sae_emotion_plugin.interventions import steering as steering
+    from sae_emotion_plugin.training import train as train
+
+_HOMES = {
+    "FeatureScores": "discovery",
+    "Generations": "judges",
+    "LabelledTexts": "emotion_texts",
+    "SparseCodes": "sparse_codes",
+    "SteeringPlan": "interventions",
+    "TrainingRecipe": "recipes",
+    "choose_pooling": "discovery",
+    "encode_texts": "sparse_codes",
+    "evaluate": "evaluation",
+    "generate": "generation",
+    "load_dictionary": "plugin",
+    "load_model": "models",
+    "load_openai_checkpoint": "openai_format",
+    "mean_norm": "activations",
+    "openai_disk_loader": "openai_format",
+    "register": "plugin",
+    "score_features": "discovery",
+    "steering": "interventions",
+    "train": "training",
+}
+
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll] (a test compares it with the imports above)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

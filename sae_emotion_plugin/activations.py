@@ -1,0 +1,229 @@
+"""Texts -> activation batches at a hook, with BOS and padding left out; and the few model calls everything shares."""
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
+
+BATCH_TOKENS = 2048
+
+
+@runtime_checkable
+class HookedModel(Protocol):
+    """What we call of a hooked model: TransformerBridge and HookedTransformer both have it."""
+
+    cfg: Any
+    tokenizer: Any
+    hook_dict: Any
+
+    def hooks(self, fwd_hooks: Any = ...) -> AbstractContextManager[Any]: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class TokenWindow:
+    """A stretch of one text that fits the context, BOS first when the model wants one."""
+
+    text_index: int
+    start: int
+    """Position, in the text's tokens, of the first token after BOS."""
+    token_ids: tuple[int, ...]
+    bos: bool
+
+
+@dataclass(frozen=True)
+class ActivationBatch:
+    """The residual (or other) vectors of some tokens, in no particular order of texts."""
+
+    vectors: Float[Tensor, "token d_in"]
+    text_index: Int[np.ndarray, " token"]
+    position: Int[np.ndarray, " token"]
+    """Position of the token in its text, BOS not counted."""
+    token_ids: Int[np.ndarray, " token"]
+
+
+def canonical_hook(model: HookedModel, hook_name: str) -> str:
+    """The name under which the model itself keeps the hook `hook_name`.
+
+    TransformerBridge ignores a hook name that it does not keep, classic aliases such as `blocks.0.hook_resid_post`
+    among them, without a word; so every name goes through here first.
+
+    Raises:
+        ValueError: the model has no such hook; the message names hooks that it has.
+    """
+    if hook_name in model.hook_dict:
+        return hook_name
+    collect = getattr(model, "_collect_hook_aliases_from_registry", None)
+    aliases = {**getattr(model, "hook_aliases", {}), **collect()} if collect else {}
+    resolved = aliases.get(hook_name)
+    if isinstance(resolved, str) and resolved in model.hook_dict:
+        return resolved
+    residual = sorted(
+        (name for name in {*model.hook_dict, *aliases} if name.endswith("hook_resid_post")),
+        key=lambda name: [int(part) if part.isdigit() else part for part in name.split(".")],
+    )
+    raise ValueError(
+        f"the model has no hook {hook_name!r} (valid: {residual[0]} to {residual[-1]}, among others)"
+        if residual
+        else f"the model has no hook {hook_name!r} (valid: {', '.join(list(model.hook_dict)[:5])}, ...)"
+    )
+
+
+def hook_layer(hook_name: str) -> int | None:
+    """The block a hook sits in, or None for a hook outside the blocks."""
+    match = re.match(r"blocks\.(\d+)\.", hook_name)
+    return int(match.group(1)) if match else None
+
+
+def tokenize(
+    model: HookedModel, texts: Sequence[str], *, context_size: int = 128, prepend_bos: bool = True
+) -> list[TokenWindow]:
+    """The windows of all texts; a text longer than the context becomes several, each with its own BOS.
+
+    A model whose own context is shorter than `context_size` sets the limit.
+    """
+    if len(texts) == 0:
+        return []
+    tokenizer = model.tokenizer
+    context_size = min(context_size, int(model.cfg.n_ctx))
+    bos = [tokenizer.bos_token_id] if prepend_bos and tokenizer.bos_token_id is not None else []
+    room = context_size - len(bos)
+    if room < 1:
+        raise ValueError(f"context_size {context_size} leaves no room for a token (at least {len(bos) + 1})")
+    windows = []
+    split = 0
+    for index, ids in enumerate(tokenizer(list(texts), add_special_tokens=False)["input_ids"]):
+        split += len(ids) > room
+        for start in range(0, len(ids), room):
+            windows.append(TokenWindow(index, start, (*bos, *ids[start : start + room]), bool(bos)))
+    if split:
+        logger.info("%d of %d texts are longer than %d tokens and were split", split, len(texts), room)
+    return windows
+
+
+def activation_batches(
+    model: HookedModel,
+    texts: Sequence[str],
+    hook_name: str,
+    *,
+    context_size: int = 128,
+    prepend_bos: bool = True,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: bool = True,
+) -> Iterator[ActivationBatch]:
+    """The activations of all texts at one hook, batch by batch, texts of like length together.
+
+    The forward pass stops behind the hook's block. Windows are padded on the right, where a causal model's earlier
+    positions cannot see it; padding and BOS never appear. A batch that does not fit the device's memory is halved.
+    """
+    windows = sorted(
+        tokenize(model, texts, context_size=context_size, prepend_bos=prepend_bos),
+        key=lambda window: (len(window.token_ids), window.text_index, window.start),
+    )
+    capture = hook_capture(model, hook_name)
+    total = sum(len(window.token_ids) - window.bos for window in windows)
+    with tqdm(total=total, unit="token", desc="reading activations", disable=not progress) as bar:
+        for batch in _length_batches(windows, batch_tokens):
+            result = _run(capture, batch)
+            bar.update(len(result.token_ids))
+            yield result
+
+
+def hook_capture(model: HookedModel, hook_name: str) -> Callable[[Int[Tensor, "row position"]], Tensor]:
+    """A function from token ids to the activations at the hook, `[row position d_in]`, stopping behind its block."""
+    name = canonical_hook(model, hook_name)
+    layer = hook_layer(name)
+    stop = {} if layer is None or layer + 1 >= model.cfg.n_layers else {"stop_at_layer": layer + 1}
+
+    def capture(tokens: Int[Tensor, "row position"]) -> Tensor:
+        seen: list[Tensor] = []
+
+        def keep(tensor: Tensor, hook: Any) -> None:
+            seen.append(tensor)
+
+        with torch.inference_mode(), model.hooks(fwd_hooks=[(name, keep)]):
+            model(tokens.to(model_device(model)), **stop)
+        # Attention heads' outputs arrive as [row position head d_head]; one vector a token is what an SAE reads.
+        return seen[0].flatten(start_dim=2)
+
+    return capture
+
+
+def mean_norm(
+    model: HookedModel,
+    texts: Sequence[str],
+    hook_name: str,
+    *,
+    context_size: int = 128,
+    prepend_bos: bool = True,
+) -> float:
+    """The mean Euclidean norm of the activations at a hook over all tokens of the texts, BOS excluded.
+
+    BOS is left out because its norm can be an order of magnitude above any other token's.
+    """
+    total, count = 0.0, 0
+    for batch in activation_batches(
+        model, texts, hook_name, context_size=context_size, prepend_bos=prepend_bos, progress=False
+    ):
+        total += float(batch.vectors.float().norm(dim=-1).double().sum())
+        count += len(batch.vectors)
+    if not count:
+        raise ValueError("no tokens to measure a norm on: the texts are empty")
+    return total / count
+
+
+def model_device(model: HookedModel) -> torch.device:
+    """The device that token ids have to be on."""
+    return torch.device(str(model.cfg.device))
+
+
+def _length_batches(windows: list[TokenWindow], batch_tokens: int) -> Iterator[list[TokenWindow]]:
+    batch: list[TokenWindow] = []
+    for window in windows:
+        if batch and (len(batch) + 1) * len(window.token_ids) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def _run(capture: Callable[[Tensor], Tensor], batch: list[TokenWindow]) -> ActivationBatch:
+    lengths = np.array([len(window.token_ids) for window in batch])
+    tokens = np.zeros((len(batch), lengths.max()), dtype=np.int64)
+    wanted = np.zeros(tokens.shape, dtype=bool)
+    for row, window in enumerate(batch):
+        tokens[row, : lengths[row]] = window.token_ids
+        wanted[row, window.bos : lengths[row]] = True
+    acts = _halving(capture, torch.from_numpy(tokens))
+    rows, columns = np.nonzero(wanted)
+    starts = np.array([window.start - window.bos for window in batch])
+    texts = np.array([window.text_index for window in batch])
+    return ActivationBatch(
+        vectors=acts[torch.from_numpy(rows).to(acts.device), torch.from_numpy(columns).to(acts.device)],
+        text_index=texts[rows],
+        position=starts[rows] + columns,
+        token_ids=tokens[rows, columns],
+    )
+
+
+def _halving(capture: Callable[[Tensor], Tensor], tokens: Int[Tensor, "row position"]) -> Tensor:
+    try:
+        return capture(tokens)
+    except torch.OutOfMemoryError:
+        if len(tokens) == 1:
+            raise
+        torch.cuda.empty_cache()
+        logger.warning("out of memory with %d rows of %d tokens: halving the batch", *tokens.shape)
+        middle = len(tokens) // 2
+        return torch.cat([_halving(capture, tokens[:middle]), _halving(capture, tokens[middle:])])

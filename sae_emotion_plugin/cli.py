@@ -1,0 +1,353 @@
+"""The command `sae-emotion`: parse, call one library function, print. Heavy imports wait inside the commands."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from sae_emotion_plugin.emotion_texts import LabelledTexts
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class OneLineErrors(click.Group):
+    """Shows what the user can mend as one line with exit code 2; any other error keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, FileNotFoundError, ImportError) as error:
+            if isinstance(error, ModuleNotFoundError):
+                raise
+            message = " ".join(str(error).split())
+            click.echo(f"Error: {message}", err=True)
+            ctx.exit(2)
+
+
+def model_option(command: Command) -> Command:
+    return click.option(
+        "--model",
+        default="embedded",
+        show_default=True,
+        help="'embedded', a Hugging Face id, a folder, a .gguf file.",
+    )(command)
+
+
+def dictionary_option(command: Command) -> Command:
+    return click.option(
+        "--dictionary",
+        default="gemma-3-270m-emotion",
+        show_default=True,
+        help="A registry name, 'owner/repo:id', a folder, or an OpenAI-format .pt file.",
+    )(command)
+
+
+def json_option(command: Command) -> Command:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(command)
+
+
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="sae-emotion-plugin")
+@click.option("--verbose", "-v", is_flag=True, help="Log what is being done.")
+def main(verbose: bool) -> None:
+    """Find emotion features in language models with sparse autoencoders, and steer with them."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+
+
+@main.command()
+@click.option("--out", default="report", show_default=True, type=click.Path(file_okay=False), help="Folder to write.")
+@model_option
+@dictionary_option
+@click.option("--seed", default=0, show_default=True, help="Seed of the corpus split.")
+@json_option
+def quickstart(out: str, model: str, dictionary: str, seed: int, as_json: bool) -> None:
+    """The whole way: discover emotion features, steer with them, write a report."""
+    from sae_emotion_plugin.quickstart import quickstart as run
+
+    result = run(out, model=model, dictionary=dictionary, seed=seed, say=lambda line: click.echo(line, err=True))
+    if as_json:
+        summary = {"report": str(result.page), "recommended": result.generations.meta["recommended"]}
+        click.echo(json.dumps({**summary, "findings": [vars(finding) for finding in result.findings]}, indent=2))
+        return
+    click.echo(repr(result.scores))
+    click.echo(result.summary())
+    click.echo(f"The report is at {result.page.resolve()}")
+
+
+@main.command()
+@click.argument("prompt")
+@model_option
+@dictionary_option
+@click.option("--top", default=10, show_default=True, help="Features a token.")
+@click.option("--each-token", is_flag=True, help="Features of every token, not only of the last.")
+@json_option
+def features(prompt: str, model: str, dictionary: str, top: int, each_token: bool, as_json: bool) -> None:
+    """The strongest features of PROMPT's last token."""
+    from sae_emotion_plugin.feature_tokens import prompt_features
+    from sae_emotion_plugin.models import load_model
+    from sae_emotion_plugin.plugin import load_dictionary
+
+    sae = load_dictionary(dictionary)
+    found = prompt_features(load_model(model), sae, prompt, top=top, every_token=each_token)
+    if as_json:
+        click.echo(json.dumps({"prompt": prompt, "rows": [vars(row) for row in found.rows]}, ensure_ascii=False))
+    else:
+        click.echo(repr(found))
+
+
+@main.command()
+@click.argument("train", type=click.Path(path_type=Path))
+@click.option("--held-out", type=click.Path(path_type=Path), help="Texts to score on; by default half of TRAIN.")
+@click.option("-o", "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
+@model_option
+@dictionary_option
+@click.option("--text-column", default="text", show_default=True, help="Column of the texts.")
+@click.option("--label-column", help="Column of the labels; found by name when absent.")
+@click.option("--single-label", is_flag=True, help="Keep only texts with exactly one label.")
+@click.option("--emotion", "emotions", multiple=True, help="Score this label only (repeatable); by default all.")
+@click.option(
+    "--pooling",
+    type=click.Choice(["max", "mean", "last", "sum", "choose"]),
+    default="max",
+    show_default=True,
+    help="How a text's tokens make one number; 'choose' picks by cross-validation inside TRAIN.",
+)
+@click.option("--top", default=50, show_default=True, help="Features kept for each label.")
+@click.option("--seed", default=0, show_default=True, help="Seed of every split.")
+@json_option
+def discover(
+    train: Path,
+    held_out: Path | None,
+    out: Path,
+    model: str,
+    dictionary: str,
+    text_column: str,
+    label_column: str | None,
+    single_label: bool,
+    emotions: tuple[str, ...],
+    pooling: str,
+    top: int,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Rank features for each label of TRAIN (.jsonl, .csv, .tsv, also .gz) and score them on held-out texts."""
+    from sae_emotion_plugin.emotion_texts import LabelledTexts
+
+    def read(path: Path) -> "LabelledTexts":
+        texts = LabelledTexts.read(path, text_column=text_column, label_column=label_column)
+        return texts.only_single_label() if single_label else texts
+
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {out}: there is no folder {out.parent}")
+    texts = read(train)
+    others = read(held_out) if held_out else None
+
+    from sae_emotion_plugin.emotion_features import discover as run
+    from sae_emotion_plugin.models import cache_folder, load_model
+    from sae_emotion_plugin.plugin import load_dictionary
+
+    sae = load_dictionary(dictionary)
+    found = run(
+        load_model(model),
+        sae,
+        texts,
+        others,
+        pooling=pooling,  # pyright: ignore[reportArgumentType] (click has checked it)
+        emotions=emotions or None,
+        top=top,
+        seed=seed,
+        cache=cache_folder() / "codes",
+    )
+    found.scores.save(out)
+    if as_json:
+        click.echo(out.read_text(encoding="utf-8"), nl=False)
+    else:
+        click.echo(repr(found.scores))
+        click.echo(f"mean held-out AUROC of the best feature: {found.scores.meta['mean_best_held_out_auroc']:.3f}")
+    click.echo(f"scores written to {out}", err=True)
+
+
+@main.command()
+@click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
+@click.option("--feature", "features", multiple=True, metavar="N=AMOUNT", help="A feature and its amount (repeatable).")
+@click.option("--emotion", help="Steer with the best features of this emotion instead of --feature.")
+@click.option("--scores", type=click.Path(path_type=Path), help="scores.json for --emotion, as discover writes it.")
+@click.option("--features-used", default=3, show_default=True, help="With --emotion: how many features share --amount.")
+@click.option("--amount", default=0.1, show_default=True, help="With --emotion: the amount, shared by its features.")
+@click.option("--mode", type=click.Choice(["add", "clamp"]), default="add", show_default=True, help="Add, or clamp.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
+@click.option("--tokens", default=20, show_default=True, help="Tokens to generate.")
+@model_option
+@dictionary_option
+@json_option
+def steer(
+    prompts: tuple[str, ...],
+    features: tuple[str, ...],
+    emotion: str | None,
+    scores: Path | None,
+    features_used: int,
+    amount: float,
+    mode: str,
+    temperature: float,
+    seed: int,
+    tokens: int,
+    model: str,
+    dictionary: str,
+    as_json: bool,
+) -> None:
+    """Continue every PROMPT without and with steering.
+
+    Amounts are fractions of the mean residual norm at the dictionary's hook; 0.1 is a usual one.
+    """
+    amounts = dict(_amount(text) for text in features)
+    if bool(amounts) == bool(emotion):
+        raise ValueError("give either --feature N=AMOUNT (repeatable) or --emotion NAME --scores FILE")
+    if emotion and scores is None:
+        raise ValueError(f"--emotion {emotion} needs --scores FILE (written by discover or quickstart)")
+    if scores is not None and emotion:
+        from sae_emotion_plugin.discovery import FeatureScores
+
+        best = FeatureScores.load(scores).top(emotion, features_used)
+        amounts = {row.feature: amount / len(best) for row in best}
+
+    from sae_emotion_plugin.activations import mean_norm
+    from sae_emotion_plugin.emotion_texts import openings
+    from sae_emotion_plugin.generation import generate
+    from sae_emotion_plugin.interventions import SteeringPlan
+    from sae_emotion_plugin.models import load_model
+    from sae_emotion_plugin.plugin import load_dictionary
+    from sae_emotion_plugin.sparse_codes import checked_hook, token_settings
+
+    sae = load_dictionary(dictionary)
+    hooked = load_model(model)
+    norm = mean_norm(hooked, openings("neutral"), checked_hook(hooked, sae), **token_settings(sae))
+    plan = SteeringPlan.of(amounts, sae, residual_norm=norm, mode="clamp" if mode == "clamp" else "add")
+    made = generate(
+        hooked, sae, plan, prompts, max_new_tokens=tokens, temperature=temperature, seed=seed, emotion=emotion or ""
+    )
+    click.echo(json.dumps(made.to_dict(), ensure_ascii=False) if as_json else repr(made))
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--texts", required=True, type=click.Path(path_type=Path), help="Folder of the recipe's texts.")
+@click.option("--register", is_flag=True, help="Add the dictionary to your registry, to load it by name.")
+@json_option
+def train(recipe: Path, out: Path, texts: Path, register: bool, as_json: bool) -> None:
+    """Train a dictionary by RECIPE (a YAML file) into the folder OUT; the same command resumes."""
+    from sae_emotion_plugin.recipes import TrainingRecipe
+
+    chosen = TrainingRecipe.read(recipe)
+
+    from sae_emotion_plugin.models import load_model
+    from sae_emotion_plugin.registry import user_folder
+    from sae_emotion_plugin.training import register_dictionary
+    from sae_emotion_plugin.training import train as run
+
+    trained = run(chosen, load_model(chosen.model), texts, out)
+    if register:
+        register_dictionary(trained, user_folder())
+    if as_json:
+        click.echo((out / "report.json").read_text(encoding="utf-8"), nl=False)
+    else:
+        click.echo(trained.report.to_pandas().T.to_string(header=False))
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--hook-name", help="Hook that the SAE reads, for example blocks.8.hook_resid_post.")
+@click.option("--model-name", help="Model that the SAE was trained on, for example gpt2-small.")
+@json_option
+def convert(checkpoint: Path, out: Path, hook_name: str | None, model_name: str | None, as_json: bool) -> None:
+    """Convert an OpenAI-format CHECKPOINT (.pt) into the folder OUT, in SAELens's format."""
+    from sae_emotion_plugin.openai_format import convert as run
+
+    given = {"hook_name": hook_name, "model_name": model_name}
+    folder = run(checkpoint, out, metadata={key: value for key, value in given.items() if value is not None})
+    click.echo(json.dumps({"folder": str(folder)}) if as_json else f"written to {folder}")
+
+
+@main.group()
+def registry() -> None:
+    """Look at the registered dictionaries."""
+
+
+@registry.command("list")
+@json_option
+def list_entries(as_json: bool) -> None:
+    """Every registered dictionary, a line each."""
+    from sae_emotion_plugin.registry import entries
+
+    rows = [
+        {"name": f"{entry.release}/{sae.id}", "model": entry.model, "source": entry.repo_id or "installed"}
+        for entry in entries()
+        for sae in entry.saes
+    ]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        click.echo(f"{row['name']}  {row['model']}  {row['source']}")
+
+
+@registry.command()
+@click.argument("name")
+@json_option
+def show(name: str, as_json: bool) -> None:
+    """All that is known of the dictionary NAME."""
+    from dataclasses import asdict
+
+    import yaml
+
+    from sae_emotion_plugin.registry import find
+
+    entry, sae = find(name)
+    data = {"release": entry.release, "model": entry.model, "repo_id": entry.repo_id}
+    data |= {"sae": asdict(sae), "provenance": {k: v for k, v in asdict(entry.provenance).items() if v}}
+    click.echo(json.dumps(data, indent=2) if as_json else yaml.safe_dump(data, sort_keys=False).rstrip())
+
+
+@registry.command()
+@click.argument("name", required=False)
+@json_option
+def check(name: str | None, as_json: bool) -> None:
+    """Compare the files of the dictionary NAME, or of all, with their SHA-256; exit code 1 when one differs."""
+    from sae_emotion_plugin.registry import check as problems_of
+    from sae_emotion_plugin.registry import entries, find
+
+    chosen = (find(name)[0],) if name else entries()
+    found = {entry.release: list(problems_of(entry)) for entry in chosen}
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        for release, problems in found.items():
+            click.echo(f"{release}: {'; '.join(problems) or 'sound'}")
+    if any(found.values()):
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of SHELL: eval "$(sae-emotion completion bash)"."""
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    assert found is not None, "click ships these three"
+    click.echo(found(main, {}, "sae-emotion", "_SAE_EMOTION_COMPLETE").source())
+
+
+def _amount(text: str) -> tuple[int, float]:
+    number, _, amount = text.partition("=")
+    try:
+        return int(number), float(amount)
+    except ValueError:
+        raise ValueError(f"--feature {text!r} is not of the form N=AMOUNT, for example 1234=0.1") from None

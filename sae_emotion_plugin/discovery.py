@@ -1,0 +1,393 @@
+"""SparseCodes and labelled texts -> FeatureScores: which features tell an emotion from the rest."""
+
+import html
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool, Int, Num
+from scipy.sparse import csr_matrix
+
+from sae_emotion_plugin.emotion_texts import LabelledTexts
+from sae_emotion_plugin.evidence import benjamini_hochberg, sparse_auroc
+from sae_emotion_plugin.sparse_codes import Pooling, SparseCodes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+logger = logging.getLogger(__name__)
+
+CANDIDATE_POOLINGS: tuple[Pooling, ...] = ("max", "mean", "last")
+FEWEST_PER_CLASS = 2
+FEATURES_PER_LOGIT_CHUNK = 64
+ROWS_SHOWN_PER_EMOTION = 3
+
+
+@dataclass(frozen=True)
+class FeatureScore:
+    """How well one feature tells the texts of one emotion from all others."""
+
+    emotion: str
+    feature: int
+    auroc: float
+    """On the training texts, which chose the feature: optimistic."""
+    held_out_auroc: float | None
+    """On texts that had no part in the choice; None when there were none."""
+    p: float
+    """Two-sided Mann-Whitney p on the training texts."""
+    q: float
+    """Benjamini-Hochberg over every tested (feature, emotion) pair."""
+    rate_in: float
+    """Share of the emotion's training texts in which the feature is active."""
+    rate_out: float
+    """Share of the other training texts in which the feature is active."""
+    promotes: tuple[str, ...] = ()
+    """Tokens whose logits the decoder direction raises most, strongest first."""
+    suppresses: tuple[str, ...] = ()
+    """Tokens whose logits the decoder direction lowers most, strongest first."""
+
+
+@dataclass(frozen=True, repr=False)
+class FeatureScores:
+    """The best features of each emotion, best first, and in `meta` how they were found."""
+
+    meta: dict[str, Any]
+    rows: tuple[FeatureScore, ...]
+
+    @property
+    def emotions(self) -> tuple[str, ...]:
+        """The emotions that have rows, in the order of the rows."""
+        return tuple(dict.fromkeys(row.emotion for row in self.rows))
+
+    def top(self, emotion: str, n: int = 10) -> tuple[FeatureScore, ...]:
+        """Returns the `n` best rows of `emotion` (fewer if fewer were kept), best training AUROC first."""
+        if emotion not in self.emotions:
+            raise ValueError(f"unknown emotion {emotion!r}; the scores have: {', '.join(self.emotions)}")
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
+        return tuple(row for row in self.rows if row.emotion == emotion)[:n]
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """Returns one line per row, columns named as the fields of `FeatureScore`."""
+        import pandas as pd
+
+        names = [field.name for field in fields(FeatureScore)]
+        return pd.DataFrame([asdict(row) for row in self.rows], columns=names)
+
+    def _table(self) -> tuple[str, list[tuple[str, ...]]]:
+        """Returns a line on the whole, and the cells of the best rows of each emotion."""
+        shown = [row for emotion in self.emotions for row in self.top(emotion, ROWS_SHOWN_PER_EMOTION)]
+        summary = (
+            f"FeatureScores: {len(self.rows)} rows for {len(self.emotions)} emotions, {len(shown)} shown; "
+            f"hook {self.meta.get('hook_name')}, pooling {self.meta.get('pooling')}"
+        )
+        return summary, [_table_cells(row) for row in shown]
+
+    def __repr__(self) -> str:
+        summary, cells = self._table()
+        widths = [max(map(len, column)) for column in zip(TABLE_HEAD, *cells, strict=True)]
+        lines = (
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in (TABLE_HEAD, *cells)
+        )
+        return "\n".join([summary, *lines])
+
+    def _repr_html_(self) -> str:
+        summary, cells = self._table()
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in TABLE_HEAD)
+        lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in cells)
+        body = "".join(f"<tr>{line}</tr>" for line in lines)
+        return f"<table><caption>{html.escape(summary)}</caption><tr>{head}</tr>{body}</table>"
+
+    def save(self, path: str | Path) -> Path:
+        """Returns `path` after writing the scores there as JSON: `{"meta": {...}, "rows": [{...}, ...]}`.
+
+        The file appears whole or not at all. FileNotFoundError when its folder does not exist.
+        """
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+        meta = json.dumps(self.meta, ensure_ascii=False, allow_nan=False, indent=1)
+        rows = (json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) for row in self.rows)
+        text = f'{{"meta": {meta},\n"rows": [\n' + ",\n".join(rows) + "\n]}\n"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "FeatureScores":
+        """Returns the scores that `save` wrote; fields that this version does not know are left out.
+
+        FileNotFoundError for a missing file, ValueError for one that is not a scores file.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no scores file {path}")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        meta, rows = (content.get(key) if isinstance(content, dict) else None for key in ("meta", "rows"))
+        if not isinstance(meta, dict) or not isinstance(rows, list):
+            raise ValueError(f"{path} is not a scores file: it needs an object 'meta' and a list 'rows'")
+        return cls(meta, tuple(_row_from_json(row, f"{path}, row {i}") for i, row in enumerate(rows)))
+
+
+TABLE_HEAD = ("emotion", "feature", "AUROC", "held out", "q", "fires in", "fires out", "promotes")
+
+
+def _table_cells(row: FeatureScore) -> tuple[str, ...]:
+    held_out = "-" if row.held_out_auroc is None else f"{row.held_out_auroc:.3f}"
+    tokens = " ".join(repr(token) for token in row.promotes[:5])
+    rates = (f"{row.rate_in:.1%}", f"{row.rate_out:.1%}")
+    return (row.emotion, str(row.feature), f"{row.auroc:.3f}", held_out, f"{row.q:.2g}", *rates, tokens)
+
+
+def _row_from_json(row: object, where: str) -> FeatureScore:
+    names = [field.name for field in fields(FeatureScore)]
+    if not isinstance(row, dict) or not row.keys() >= set(names):
+        raise ValueError(f"{where}: must be an object with {', '.join(names)}, got {row!r:.200}")
+    read = {name: row[name] for name in names}
+    for name in ("promotes", "suppresses"):
+        if isinstance(read[name], list) and all(isinstance(token, str) for token in read[name]):
+            read[name] = tuple(read[name])
+    for name, value in read.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name == "emotion":
+            good = isinstance(value, str)
+        elif name == "feature":
+            good = is_number and isinstance(value, int) and value >= 0
+        elif name in ("promotes", "suppresses"):
+            good = isinstance(value, tuple)
+        else:
+            good = (is_number and 0 <= value <= 1) or (name == "held_out_auroc" and value is None)
+        if not good:
+            raise ValueError(f"{where}: {name} is {value!r}")
+    return FeatureScore(**read)
+
+
+def score_features(
+    codes: SparseCodes,
+    texts: LabelledTexts,
+    *,
+    held_out: tuple[SparseCodes, LabelledTexts] | None = None,
+    pooling: Pooling = "max",
+    top: int = 50,
+    emotions: Sequence[str] | None = None,
+    seed: int = 0,
+) -> FeatureScores:
+    """Returns the `top` features of each emotion by training AUROC, with their held-out AUROC beside it.
+
+    Each label is one class against all other texts; a text with several labels counts for each. `pooling`
+    makes one number of a feature's activations in a text: the largest, the mean or sum over its tokens, or
+    the last token's. Without `held_out`, half of the texts are held out (`texts.split(0.5, seed)`, which
+    keeps near-duplicates together). The choice of features, `auroc`, `p`, `q`, `rate_in` and `rate_out` use
+    the training texts only, `held_out_auroc` the held-out texts only. p is two-sided (Mann-Whitney), q is
+    Benjamini-Hochberg over every emotion x every feature that is active in at least one training text; other
+    features get no row.
+
+    ValueError for texts of a single class, emotions that are unknown or have fewer than 2 texts in or out
+    of class on either side, codes of other texts or of another dictionary, and an unknown pooling.
+    """
+    if top < 1:
+        raise ValueError(f"top must be at least 1, got {top}")
+    _check_pair(codes, texts, "texts")
+    if held_out is None:
+        train_texts, held_out_texts = texts.split(0.5, seed)
+        train_codes = codes.select_texts(_positions(train_texts, texts))
+        held_out_codes = codes.select_texts(_positions(held_out_texts, texts))
+    else:
+        train_codes, train_texts = codes, texts
+        held_out_codes, held_out_texts = held_out
+        _check_pair(held_out_codes, held_out_texts, "held-out texts")
+        ours, theirs = ((side.hook_name, side.d_sae) for side in (codes, held_out_codes))
+        if ours != theirs:
+            raise ValueError(f"the training codes are of {ours}, the held-out codes of {theirs}")
+    chosen = _checked_emotions(emotions, texts)
+    labels, held_out_labels = _labels_of(train_texts, chosen), _labels_of(held_out_texts, chosen)
+    _check_enough(labels, chosen, "training")
+    _check_enough(held_out_labels, chosen, "held-out")
+
+    found = sparse_auroc(train_codes.pooled(pooling), labels)
+    active = np.flatnonzero(found.rate_in[0] + found.rate_out[0])
+    if len(active) == 0:
+        raise ValueError("no feature is active in any training text")
+    q = np.ones_like(found.p)
+    q[:, active] = benjamini_hochberg(found.p[:, active])
+    best = active[np.argsort(-found.auroc[:, active], axis=1, kind="stable")[:, :top]]
+    held_out_matrix = held_out_codes.pooled(pooling).tocsc()
+    rows, firsts = [], []
+    for i, emotion in enumerate(chosen):
+        on_held_out = sparse_auroc(held_out_matrix[:, best[i]], held_out_labels[:, [i]])
+        firsts.append(on_held_out.auroc[0, 0])
+        rows += [
+            FeatureScore(
+                emotion=emotion,
+                feature=int(feature),
+                auroc=float(found.auroc[i, feature]),
+                held_out_auroc=float(on_held_out.auroc[0, rank]),
+                p=float(found.p[i, feature]),
+                q=float(q[i, feature]),
+                rate_in=float(found.rate_in[i, feature]),
+                rate_out=float(found.rate_out[i, feature]),
+            )
+            for rank, feature in enumerate(best[i])
+        ]
+    shared_texts = len(set(train_texts.texts) & set(held_out_texts.texts))
+    if shared_texts:
+        logger.warning("%d distinct texts are both among the training and the held-out texts", shared_texts)
+    meta: dict[str, Any] = {
+        "hook_name": codes.hook_name,
+        "d_sae": codes.d_sae,
+        "pooling": pooling,
+        "seed": seed,
+        "split": "half of the texts held out" if held_out is None else "held-out texts given",
+        "n_texts": {"train": len(train_texts), "held_out": len(held_out_texts)},
+        "class_counts": {
+            "train": dict(zip(chosen, labels.sum(axis=0).tolist(), strict=True)),
+            "held_out": dict(zip(chosen, held_out_labels.sum(axis=0).tolist(), strict=True)),
+        },
+        "texts_on_both_sides": shared_texts,
+        "n_tests": len(active) * len(chosen),
+        "n_active_features": len(active),
+        "mean_best_held_out_auroc": float(np.mean(firsts)),
+    }
+    return FeatureScores(meta=meta, rows=tuple(rows))
+
+
+def choose_pooling(
+    codes: SparseCodes,
+    texts: LabelledTexts,
+    seed: int = 0,
+    folds: int = 3,
+    *,
+    emotions: Sequence[str] | None = None,
+) -> Pooling:
+    """Returns the pooling whose best single features separate the emotions best, by cross-validation.
+
+    Give it training texts only. In each fold the best feature of each emotion is chosen on the other folds
+    and scored on this one; the mean AUROC over folds and emotions decides, and an exact tie goes to the first
+    of max, mean, last. Near-duplicates share a fold. An emotion too rare for a fold is left out there.
+    """
+    _check_pair(codes, texts, "texts")
+    if folds < 2:
+        raise ValueError(f"folds must be at least 2, got {folds}")
+    chosen = _checked_emotions(emotions, texts)
+    labels = _labels_of(texts, chosen)
+    parts = _folds(texts, folds, seed)
+    pooled: dict[Pooling, csr_matrix] = {pooling: codes.pooled(pooling) for pooling in CANDIDATE_POOLINGS}
+    found: dict[Pooling, list[float]] = {pooling: [] for pooling in CANDIDATE_POOLINGS}
+    for part in parts:
+        rest = np.setdiff1d(np.arange(len(texts)), part)
+        usable = np.flatnonzero(_enough(labels[part]) & _enough(labels[rest]))
+        for pooling, matrix in pooled.items():
+            fitted = sparse_auroc(matrix[rest], labels[np.ix_(rest, usable)])
+            best = fitted.auroc.argmax(axis=1)
+            scored = sparse_auroc(matrix[part][:, best], labels[np.ix_(part, usable)])
+            found[pooling].extend(scored.auroc.diagonal().tolist())
+    if not found["max"]:
+        raise ValueError(f"{len(texts)} texts are too few for {folds} folds: no emotion is in and out of each")
+    means = {pooling: float(np.mean(aurocs)) for pooling, aurocs in found.items()}
+    logger.info("cross-validated AUROC of the best features: %s", means)
+    return max(CANDIDATE_POOLINGS, key=lambda pooling: means[pooling])
+
+
+def with_tokens(
+    scores: FeatureScores,
+    logits_of: Callable[[list[int]], np.ndarray],
+    decode_token: Callable[[int], str],
+    top: int = 10,
+) -> FeatureScores:
+    """Returns `scores` with the `top` tokens that each feature's decoder direction promotes and suppresses.
+
+    `logits_of(features)` gives [feature, vocab] (the logit lens of the decoder rows) for at most 64 features
+    a call, `decode_token` the text of a vocabulary id.
+    """
+    if top < 1:
+        raise ValueError(f"top must be at least 1, got {top}")
+    features = list(dict.fromkeys(row.feature for row in scores.rows))
+    tokens: dict[int, dict[str, tuple[str, ...]]] = {}
+    for first in range(0, len(features), FEATURES_PER_LOGIT_CHUNK):
+        asked = features[first : first + FEATURES_PER_LOGIT_CHUNK]
+        logits = logits_of(asked)
+        if logits.ndim != 2 or len(logits) != len(asked):
+            raise ValueError(f"logits_of gave shape {logits.shape} for {len(asked)} features")
+        if top > logits.shape[1]:
+            raise ValueError(f"top is {top}, the vocabulary has {logits.shape[1]} tokens")
+        for feature, row in zip(asked, logits, strict=True):
+            if not np.isfinite(row).all():
+                raise ValueError(f"the logits of feature {feature} are not finite")
+            tokens[feature] = {
+                "promotes": tuple(decode_token(token) for token in _largest(row, top)),
+                "suppresses": tuple(decode_token(token) for token in _largest(-row, top)),
+            }
+    return replace(scores, rows=tuple(replace(row, **tokens[row.feature]) for row in scores.rows))
+
+
+def _largest(values: Num[np.ndarray, "value"], n: int) -> list[int]:
+    """Returns the positions of the `n` largest values, largest first, the earlier one first on a tie."""
+    threshold = np.partition(values, len(values) - n)[len(values) - n]
+    candidates = np.flatnonzero(values >= threshold)
+    return candidates[np.argsort(-values[candidates], kind="stable")[:n]].tolist()
+
+
+def _positions(part: LabelledTexts, whole: LabelledTexts) -> Int[np.ndarray, "text"]:
+    position = {text_id: i for i, text_id in enumerate(whole.ids)}
+    return np.array([position[text_id] for text_id in part.ids], dtype=np.int64)
+
+
+def _folds(texts: LabelledTexts, folds: int, seed: int) -> list[Int[np.ndarray, "part"]]:
+    parts, rest = [], texts
+    for remaining in range(folds, 1, -1):
+        rest, part = rest.split(1 / remaining, seed)
+        parts.append(_positions(part, texts))
+    return [*parts, _positions(rest, texts)]
+
+
+def _checked_emotions(emotions: Sequence[str] | None, texts: LabelledTexts) -> tuple[str, ...]:
+    valid = tuple(texts.labels)
+    if not valid:
+        raise ValueError(f"none of the {len(texts)} texts has a label")
+    if emotions is None:
+        return valid
+    unknown = [emotion for emotion in dict.fromkeys(emotions) if emotion not in valid]
+    if unknown:
+        raise ValueError(f"unknown emotions: {', '.join(unknown)}; the texts have: {', '.join(valid)}")
+    if not emotions:
+        raise ValueError(f"no emotion was asked for; the texts have: {', '.join(valid)}")
+    return tuple(dict.fromkeys(emotions))
+
+
+def _labels_of(texts: LabelledTexts, emotions: Sequence[str]) -> Bool[np.ndarray, "text emotion"]:
+    rows = [[emotion in labels for emotion in emotions] for labels in texts.emotions]
+    return np.array(rows, dtype=bool).reshape(len(texts), len(emotions))
+
+
+def _enough(labels: Bool[np.ndarray, "text emotion"]) -> Bool[np.ndarray, "emotion"]:
+    n_in = labels.sum(axis=0)
+    return np.minimum(n_in, len(labels) - n_in) >= FEWEST_PER_CLASS
+
+
+def _check_enough(labels: Bool[np.ndarray, "text emotion"], emotions: Sequence[str], side: str) -> None:
+    if labels.all():
+        raise ValueError(f"all {len(labels)} {side} texts are of a single class: {', '.join(emotions)}")
+    n_in = labels.sum(axis=0)
+    too_few = np.flatnonzero(~_enough(labels))
+    if len(too_few):
+        few = [f"{emotions[i]} ({n_in[i]} in, {len(labels) - n_in[i]} out)" for i in too_few.tolist()]
+        needed = f"each emotion needs {FEWEST_PER_CLASS} in and {FEWEST_PER_CLASS} out of class"
+        raise ValueError(f"too few {side} texts for {', '.join(few)}: {needed}")
+
+
+def _check_pair(codes: SparseCodes, texts: LabelledTexts, side: str) -> None:
+    if codes.n_texts != len(texts):
+        raise ValueError(f"the codes are of {codes.n_texts} texts, but there are {len(texts)} {side}")

@@ -1,0 +1,199 @@
+"""An SAE, a model and texts -> `DictionaryReport`: what the reconstruction loses, and what the model loses by it."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_emotion_plugin.activations import (
+    HookedModel,
+    TokenWindow,
+    activation_batches,
+    canonical_hook,
+    model_device,
+    tokenize,
+)
+from sae_emotion_plugin.sparse_codes import CHUNK_ENTRIES, _flat_heads, checked_hook, token_settings
+
+if TYPE_CHECKING:
+    import pandas
+
+# Logits of a 262,144-token vocabulary: 512 positions are half a GiB in float32.
+LOGIT_ENTRIES = 128 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class DictionaryReport:
+    """How faithful a dictionary is on texts that it was not trained on."""
+
+    n_documents: int
+    n_tokens: int
+    d_sae: int
+    fvu: float
+    """Fraction of variance unexplained: squared error over squared deviation from the mean, all dimensions together."""
+    fvu_without_largest_dimension: float
+    """The same without the one dimension that carries most variance."""
+    largest_dimension: int
+    largest_dimension_share: float
+    """Share of the variance that this one dimension carries."""
+    fvu_mean_over_dimensions: float
+    l0: float
+    """Features that fire on a token, on average."""
+    dead: int
+    """Features that fired on none of these tokens."""
+    cross_entropy: float
+    """Nats a token of the model as it is."""
+    cross_entropy_spliced: float
+    """With the reconstruction in place of the activations (BOS left alone)."""
+    cross_entropy_mean_ablated: float
+    """With every activation replaced by the mean: the floor that makes the line above readable."""
+    mean_norm: float
+    """Mean norm of the activations, BOS excluded: the unit of steering amounts."""
+
+    @property
+    def loss_recovered(self) -> float:
+        """Share of the cross-entropy that mean-ablation destroys and the reconstruction keeps."""
+        destroyed = self.cross_entropy_mean_ablated - self.cross_entropy
+        return (self.cross_entropy_mean_ablated - self.cross_entropy_spliced) / destroyed
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        import pandas as pd
+
+        return pd.DataFrame([{**asdict(self), "loss_recovered": self.loss_recovered}])
+
+    def _repr_html_(self) -> str:
+        return self.to_pandas().T.to_html(header=False, float_format="{:.4f}".format)
+
+    def save(self, path: str | Path) -> None:
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "DictionaryReport":
+        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def evaluate(
+    model: HookedModel, sae: Any, texts: Sequence[str], *, loss_tokens: int = 10_000, progress: bool = True
+) -> DictionaryReport:
+    """The report of a dictionary on documents.
+
+    Args:
+        texts: documents that the dictionary was not trained on.
+        loss_tokens: the cross-entropies are measured on about this many tokens, spread over the texts; the rest of the
+            report on all of them.
+
+    Raises:
+        ValueError: no texts, or an SAE that does not fit the model.
+    """
+    if len(texts) == 0:
+        raise ValueError("no texts to evaluate on: the list is empty")
+    hook_name = checked_hook(model, sae)
+    settings = token_settings(sae)
+    vectors = torch.cat(
+        [
+            batch.vectors.float().cpu()
+            for batch in activation_batches(model, texts, hook_name, progress=progress, **settings)
+        ]
+    )
+    mean = vectors.mean(0)
+    error, deviation = torch.zeros(sae.cfg.d_in).double(), torch.zeros(sae.cfg.d_in).double()
+    fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
+    n_active = 0
+    with torch.inference_mode(), _flat_heads(sae):
+        for chunk in vectors.split(max(1, CHUNK_ENTRIES // sae.cfg.d_sae)):
+            codes = sae.encode(chunk.to(sae.device, sae.dtype))
+            rebuilt = sae.decode(codes).float().cpu()
+            error += (rebuilt - chunk).double().square().sum(0)
+            deviation += (chunk - mean).double().square().sum(0)
+            fired |= (codes > 0).any(0).cpu()
+            n_active += int((codes > 0).sum())
+    largest = int(deviation.argmax())
+    rest = torch.arange(len(deviation)) != largest
+    windows = tokenize(model, texts, **settings)
+    losses = _cross_entropies(model, sae, hook_name, _spread(windows, loss_tokens), mean, progress)
+    return DictionaryReport(
+        n_documents=len(texts),
+        n_tokens=len(vectors),
+        d_sae=sae.cfg.d_sae,
+        fvu=float(error.sum() / deviation.sum()),
+        fvu_without_largest_dimension=float(error[rest].sum() / deviation[rest].sum()),
+        largest_dimension=largest,
+        largest_dimension_share=float(deviation[largest] / deviation.sum()),
+        fvu_mean_over_dimensions=float((error / deviation).mean()),
+        l0=n_active / len(vectors),
+        dead=int((~fired).sum()),
+        cross_entropy=losses[0],
+        cross_entropy_spliced=losses[1],
+        cross_entropy_mean_ablated=losses[2],
+        mean_norm=float(vectors.norm(dim=-1).double().mean()),
+    )
+
+
+def token_losses(model: HookedModel, tokens: Int[Tensor, "row position"]) -> Float[Tensor, "row position_minus_1"]:
+    """The negative log-likelihood, in nats, of every token after the first of each row."""
+    logits = model(tokens)[:, :-1].float()
+    targets = tokens[:, 1:].to(logits.device)
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+
+
+def _spread(windows: list[TokenWindow], tokens: int) -> list[TokenWindow]:
+    """Every n-th window, so that about `tokens` tokens remain, from all over the texts."""
+    windows = [window for window in windows if len(window.token_ids) > 1]
+    total = sum(len(window.token_ids) for window in windows)
+    return windows[:: max(1, total // tokens)]
+
+
+def _cross_entropies(
+    model: HookedModel,
+    sae: Any,
+    hook_name: str,
+    windows: list[TokenWindow],
+    mean: Float[Tensor, " d_in"],
+    progress: bool,
+) -> tuple[float, float, float]:
+    """Mean nats a token: untouched, with reconstructions spliced in, with the mean in every place."""
+    name = canonical_hook(model, hook_name)
+
+    def reconstruct(vectors: Tensor) -> Tensor:
+        return sae.decode(sae.encode(vectors.to(sae.device, sae.dtype))).to(vectors)
+
+    def ablate(vectors: Tensor) -> Tensor:
+        return mean.to(vectors).expand_as(vectors)
+
+    def splice(change: Callable[[Tensor], Tensor], keep_first: bool) -> list[tuple[str, Any]]:
+        def hook_fn(tensor: Tensor, hook: Any) -> Tensor:
+            flat = tensor.flatten(start_dim=2)
+            changed = change(flat).clone()
+            if keep_first:
+                changed[:, 0] = flat[:, 0]
+            return changed.view_as(tensor)
+
+        return [(name, hook_fn)]
+
+    variants = [None, reconstruct, ablate]
+    sums, count = [0.0, 0.0, 0.0], 0
+    vocabulary = int(model.cfg.d_vocab)
+    with torch.inference_mode(), _flat_heads(sae):
+        for window in tqdm(windows, desc="cross-entropy", unit="window", disable=not progress):
+            rows = torch.tensor([window.token_ids], device=model_device(model))
+            for piece in rows.split(max(2, LOGIT_ENTRIES // vocabulary), dim=1):
+                if piece.shape[1] < 2:
+                    continue
+                count += piece.shape[1] - 1
+                for index, change in enumerate(variants):
+                    hooks = splice(change, window.bos) if change else []
+                    with model.hooks(fwd_hooks=hooks):
+                        sums[index] += float(token_losses(model, piece).double().sum())
+    if not count:
+        raise ValueError("no text has two tokens, so there is no cross-entropy to measure")
+    return sums[0] / count, sums[1] / count, sums[2] / count

@@ -1,0 +1,188 @@
+"""The main job from end to end: load, discover, steer, report. The steps stand in the modules below."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sae_emotion_plugin.activations import mean_norm
+from sae_emotion_plugin.discovery import FeatureScores
+from sae_emotion_plugin.emotion_features import discover
+from sae_emotion_plugin.emotion_texts import LabelledTexts, openings
+from sae_emotion_plugin.judges import Generation, Generations
+from sae_emotion_plugin.models import EMBEDDED, load_model
+from sae_emotion_plugin.plugin import DEFAULT_DICTIONARY, load_dictionary
+from sae_emotion_plugin.report import Bounds, Finding, ReportContent, broken_bounds, write_report
+from sae_emotion_plugin.report_sections import (
+    dictionary_metrics,
+    dose_response_rows,
+    findings_of,
+    highlighted_texts,
+    score_distributions,
+)
+from sae_emotion_plugin.sparse_codes import token_settings
+from sae_emotion_plugin.studies import Cell, recommend, run_cells, shared_amounts
+
+logger = logging.getLogger(__name__)
+
+DEMO_PROMPT = "he is such a"
+SIGNS = {"anger": -1, "joy": 1, "sadness": -1}
+"""The emotions steered towards, and where valence should go."""
+FEATURES_PER_EMOTION = 3
+AMOUNTS = (0.06, 0.09, 0.12, 0.15)
+"""Fractions of the mean residual norm, in total over an emotion's features."""
+TEMPERATURE = 0.7
+CHOOSE_SEEDS = (0, 1)
+REPORT_SEEDS = (0, 1, 2)
+NEW_TOKENS = 20
+FEATURES_KEPT = 20
+HIGHLIGHTS_PER_EMOTION = 2
+META_KEPT = ("model", "model_weights", "model_sha256", "hook_name", "seed", "versions")
+
+
+@dataclass(frozen=True)
+class QuickstartResult:
+    """What the quickstart found, and where it wrote it."""
+
+    page: Path
+    scores: FeatureScores
+    generations: Generations
+    findings: tuple[Finding, ...]
+
+    def summary(self) -> str:
+        """The findings, a line each."""
+        lines = []
+        for finding in self.findings:
+            broken = broken_bounds(finding, Bounds())
+            if finding.effect is None:
+                lines.append(f"{finding.emotion}: {'; '.join(broken)}")
+                continue
+            lines.append(
+                f"{finding.emotion} at {finding.amount:g}, {finding.setting}: valence {finding.effect:+.2f} "
+                f"[{_shown(finding.low)}, {_shown(finding.high)}], perplexity x{_shown(finding.perplexity_ratio)}, "
+                f"degenerate {finding.degenerate_steered:.0%} (unsteered {finding.degenerate_baseline:.0%})"
+                + (f"  <- {'; '.join(broken)}" if broken else "")
+            )
+        return "\n".join(lines)
+
+
+def quickstart(
+    out_dir: str | Path = "report",
+    *,
+    model: Any = EMBEDDED,
+    dictionary: Any = DEFAULT_DICTIONARY,
+    seed: int = 0,
+    progress: bool = True,
+    say: Callable[[str], None] = logger.info,
+) -> QuickstartResult:
+    """The whole way on one model and dictionary; writes `index.html`, `scores.json` and `generations.json`.
+
+    The bundled English corpus is split in two halves: features are ranked on one and scored on the other. They are
+    added to the residual stream at several amounts; the amount is chosen on half of the openings and reported on the
+    other half.
+    """
+    started = time.monotonic()
+    say("loading the model and its dictionary ...")
+    hooked, sae = load_model(model), load_dictionary(dictionary)
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    texts = LabelledTexts.bundled("en")
+    say(f"discovering emotion features: ranked on one half of {len(texts)} bundled texts, scored on the other ...")
+    found = discover(hooked, sae, texts, top=FEATURES_KEPT, seed=seed, progress=progress)
+    scores = found.scores
+    meta = {
+        **{key: scores.meta[key] for key in META_KEPT},
+        "dictionary": dictionary if isinstance(dictionary, str) else type(dictionary).__name__,
+        "corpus": "bundled English sentences",
+        "date": datetime.now().astimezone().date().isoformat(),
+    }
+    scores.save(out_dir / "scores.json")
+
+    norm = mean_norm(hooked, found.held_out.texts, sae.cfg.metadata.hook_name, **token_settings(sae))
+    features = {emotion: [row.feature for row in scores.top(emotion, FEATURES_PER_EMOTION)] for emotion in SIGNS}
+    say(f"steering towards {', '.join(SIGNS)} (amounts are fractions of the mean residual norm, {norm:.0f}) ...")
+    generations = _steer(hooked, sae, features, norm, meta, progress)
+    generations.save(out_dir / "generations.json")
+
+    findings = findings_of(generations, SIGNS, {"neutral": openings("neutral"), "unpleasant": openings("unpleasant")})
+    wall_time = round(time.monotonic() - started)
+    content = ReportContent(
+        title="Emotion features, found and steered",
+        meta={**meta, "wall_time_s": wall_time},
+        scores=[asdict(row) for row in scores.rows],
+        dictionary=dictionary_metrics(dictionary),
+        distributions=score_distributions(scores, found.held_out_codes, found.held_out),
+        dose_response=dose_response_rows(generations),
+        recommended=generations.meta["recommended"],
+        findings=findings,
+        generations=[asdict(row) for row in generations.rows],
+        highlights=highlighted_texts(hooked, scores, found.held_out_codes, found.held_out, HIGHLIGHTS_PER_EMOTION),
+        demo_prompt=DEMO_PROMPT,
+    )
+    page = write_report(out_dir, content)
+    return QuickstartResult(page, scores, generations, findings)
+
+
+def _steer(
+    model: Any,
+    sae: Any,
+    features: dict[str, list[int]],
+    norm: float,
+    meta: dict[str, Any],
+    progress: bool,
+) -> Generations:
+    """Choose each emotion's amount on half of the openings, then report it on the other half and on the demo prompt."""
+    choose, report = _halves()
+    plans = {emotion: shared_amounts(sae, chosen, AMOUNTS, norm) for emotion, chosen in features.items()}
+
+    def run(cells: list[Cell]) -> tuple[Generation, ...]:
+        return run_cells(model, sae, cells, max_new_tokens=NEW_TOKENS, progress=progress)
+
+    chosen_on = run(
+        [
+            Cell(emotion, plans[emotion], choose[emotion], "choose", temperature, seeds)
+            for emotion in SIGNS
+            for temperature, seeds in ((0.0, (0,)), (TEMPERATURE, CHOOSE_SEEDS))
+        ]
+    )
+    recommended = recommend(chosen_on, SIGNS)
+    best = {emotion: tuple(plan for plan in plans[emotion] if plan.amount == recommended[emotion]) for emotion in SIGNS}
+    reported = run(
+        [
+            Cell(emotion, shown, prompts, part, temperature, seeds)
+            for emotion in SIGNS
+            for shown, prompts, part in (
+                (best[emotion], report[emotion], "report"),
+                (plans[emotion], (DEMO_PROMPT,), "demo"),
+            )
+            for temperature, seeds in ((0.0, (0,)), (TEMPERATURE, REPORT_SEEDS))
+        ]
+    )
+    return Generations(
+        {
+            **meta,
+            "recommended": recommended,
+            "amounts": list(AMOUNTS),
+            "amount_meaning": "fraction of the mean residual norm, shared equally among the features",
+            "residual_norm": norm,
+            "max_new_tokens": NEW_TOKENS,
+        },
+        (*chosen_on, *reported),
+    )
+
+
+def _halves() -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
+    """The openings to choose on and to report on; emotions that lift valence get unpleasant ones as well."""
+    neutral, unpleasant = openings("neutral"), openings("unpleasant")
+    choose, report = {}, {}
+    for emotion, sign in SIGNS.items():
+        choose[emotion] = neutral[::2] + (unpleasant[::2] if sign > 0 else ())
+        report[emotion] = neutral[1::2] + (unpleasant[1::2] if sign > 0 else ())
+    return choose, report
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -1,0 +1,340 @@
+"""Releases of dictionaries as data: one YAML file each, packaged with the plugin or in the user's own folder.
+
+The keys are those of a stanza in SAELens's ``pretrained_saes.yaml`` plus ``release`` and ``provenance``. A
+release without ``repo_id`` brings its files: ``<folder>/<release>/<path of the SAE>/cfg.json`` and so on.
+"""
+
+import hashlib
+import importlib.resources
+import math
+import os
+import re
+import reprlib
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import yaml
+
+FOLDER_VARIABLE = "SAE_EMOTION_REGISTRY"
+REQUIRED_FILES = ("cfg.json", "sae_weights.safetensors")
+_YAML_KEYS = ("release", "repo_id", "model", "conversion_func", "config_overrides", "saes", "provenance")
+_RELEASE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# Bounded, because nested YAML aliases can make a value that is short on disk endless in print.
+_bounded = reprlib.Repr()
+_bounded.maxlevel = 2
+_bounded.maxstring = 80
+_shown = _bounded.repr
+
+
+@dataclass(frozen=True)
+class SaeRecord:
+    """One dictionary of a release."""
+
+    id: str
+    path: str
+    """Folder of its files: inside the release's folder, or inside the Hugging Face repository."""
+    l0: float | None = None
+    """Mean number of active features per token."""
+    variance_explained: float | None = None
+    neuronpedia: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.id:
+            raise ValueError("saes: id is empty; valid: text")
+        _check_path("saes: path", self.path)
+        # Written so that NaN fails too.
+        if self.l0 is not None and not 0 <= self.l0 < math.inf:
+            raise ValueError(f"saes: l0 is {self.l0}; valid: a number from 0")
+        if self.variance_explained is not None and not -math.inf < self.variance_explained <= 1:
+            raise ValueError(f"saes: variance_explained is {self.variance_explained}; valid: a number up to 1")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a release comes from. File names are relative to the release's folder or repository."""
+
+    recipe: str | None = None
+    """File with the recipe that trained it."""
+    report: str | None = None
+    """File with its measurements on held-out documents."""
+    revision: str | None = None
+    """Commit of the repository that `sha256` speaks of."""
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    """File name to the 64 lower-case hexadecimal digits of its SHA-256."""
+    licence: str | None = None
+    texts: str | None = None
+    """What it was trained on."""
+    model_sha256: str | None = None
+    """SHA-256 of the model weights that it was trained on."""
+    notes: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("recipe", "report"):
+            if (file := getattr(self, name)) is not None:
+                _check_path(f"provenance: {name}", file)
+        for file, digest in self.sha256.items():
+            _check_path("provenance: sha256", file)
+            _check_sha256(f"provenance: sha256 of {file}", digest)
+        if self.model_sha256 is not None:
+            _check_sha256("provenance: model_sha256", self.model_sha256)
+
+
+@dataclass(frozen=True)
+class RegistryEntry:
+    """One release."""
+
+    release: str
+    model: str
+    """Name of the model as TransformerLens knows it."""
+    saes: tuple[SaeRecord, ...]
+    repo_id: str = ""
+    """Hugging Face repository; empty when the files lie beside the YAML file."""
+    conversion_func: str | None = None
+    """Name of the SAELens loader; None for SAELens's own format."""
+    config_overrides: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
+    folder: Path | None = field(default=None, compare=False)
+    """The folder that the YAML file was read from; not written."""
+
+    def __post_init__(self) -> None:
+        if not _RELEASE.fullmatch(self.release):
+            raise ValueError(f"release is {_shown(self.release)}; valid: letters, digits, '.', '_' and '-'")
+        if not self.model:
+            raise ValueError("model is empty; valid: text")
+        if self.repo_id and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo_id):
+            raise ValueError(f"repo_id is {_shown(self.repo_id)}; valid: 'owner/name', or '' for none")
+        if not self.saes:
+            raise ValueError(f"release {self.release!r} has no saes; valid: at least one")
+        ids = [sae.id for sae in self.saes]
+        if duplicates := sorted({sae_id for sae_id in ids if ids.count(sae_id) > 1}):
+            raise ValueError(f"release {self.release!r} has the id {duplicates[0]!r} twice; ids are unique")
+
+
+def packaged_folder() -> Path:
+    """The folder of the releases that are installed with the plugin."""
+    try:
+        return Path(str(importlib.resources.files("sae_emotion_plugin._registry")))
+    except ModuleNotFoundError as error:
+        raise FileNotFoundError("the packaged registry is missing: reinstall sae-emotion-plugin") from error
+
+
+def user_folder() -> Path:
+    """The folder of the user's releases: ``$SAE_EMOTION_REGISTRY``, else inside the user's data folder."""
+    if chosen := os.environ.get(FOLDER_VARIABLE):
+        return Path(chosen).expanduser()
+    return Path(platformdirs.user_data_dir("sae_emotion_plugin")) / "registry"
+
+
+def entries() -> tuple[RegistryEntry, ...]:
+    """Every release, packaged ones first, each folder in the order of its file names.
+
+    Raises ValueError for a broken file or a release that two files define, FileNotFoundError when
+    ``$SAE_EMOTION_REGISTRY`` names no folder.
+    """
+    own = user_folder()
+    if os.environ.get(FOLDER_VARIABLE) and not own.is_dir():
+        raise FileNotFoundError(f"{FOLDER_VARIABLE} is {str(own)!r}, which is not a folder")
+    found: dict[str, tuple[RegistryEntry, Path]] = {}
+    folders = dict.fromkeys(folder.resolve() for folder in (packaged_folder(), own) if folder.is_dir())
+    for path in (path for folder in folders for path in sorted(folder.glob("*.yaml"))):
+        entry = read_entry(path)
+        if entry.release in found:
+            raise ValueError(f"{path} defines the release {entry.release!r} again, after {found[entry.release][1]}")
+        found[entry.release] = (entry, path)
+    return tuple(entry for entry, _ in found.values())
+
+
+def find(name: str) -> tuple[RegistryEntry, SaeRecord]:
+    """The release and dictionary of ``release``, ``release/sae_id`` or ``release:sae_id``.
+
+    Raises ValueError naming the valid releases or ids; ``release`` alone needs a release of one dictionary.
+    """
+    # A release has neither "/" nor ":" in its name; an id may have both.
+    release = re.split("[/:]", name, maxsplit=1)[0]
+    separator, sae_id = name[len(release) : len(release) + 1], name[len(release) + 1 :]
+    known = {entry.release: entry for entry in entries()}
+    if release not in known:
+        raise ValueError(f"unknown release {release!r}; valid: {listed(known)}")
+    entry = known[release]
+    saes = {sae.id: sae for sae in entry.saes}
+    if not separator:
+        if len(saes) > 1:
+            names = listed(f"{release}/{each}" for each in saes)
+            raise ValueError(f"release {release!r} has {len(saes)} dictionaries; valid: {names}")
+        return entry, entry.saes[0]
+    if sae_id not in saes:
+        raise ValueError(f"unknown id {sae_id!r} in release {release!r}; valid: {listed(saes)}")
+    return entry, saes[sae_id]
+
+
+def file_path(entry: RegistryEntry, sae: SaeRecord, file: str) -> Path:
+    """Where a file of a packaged dictionary lies, existing or not, never outside the release's folder."""
+    return _inside(entry, f"{sae.path}/{file}")
+
+
+def verified_file(entry: RegistryEntry, sae: SaeRecord, file: str) -> Path:
+    """Where a file of a packaged dictionary lies, once it is there with the SHA-256 recorded for it (if any).
+
+    Raises FileNotFoundError or ValueError naming the file.
+    """
+    path = file_path(entry, sae, file)
+    if not path.is_file():
+        raise FileNotFoundError(f"release {entry.release!r} lacks the file {path}")
+    expected = entry.provenance.sha256.get(f"{sae.path}/{file}")
+    if expected is not None and _sha256(path) != expected:
+        raise ValueError(f"{path} was altered: its SHA-256 is not {expected}")
+    return path
+
+
+def check(entry: RegistryEntry) -> tuple[str, ...]:
+    """What is wrong with the files of a release, one line each; nothing for a release in a repository."""
+    if entry.repo_id:
+        return ()
+    hashes = entry.provenance.sha256
+    weights = [f"{sae.path}/{file}" for sae in entry.saes for file in REQUIRED_FILES]
+    papers = [file for file in (entry.provenance.recipe, entry.provenance.report) if file is not None]
+    problems = []
+    for file in dict.fromkeys([*weights, *papers, *hashes]):
+        try:
+            path = _inside(entry, file)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if not path.is_file():
+            problems.append(f"{file} is missing")
+        elif file not in hashes:
+            problems.append(f"{file} has no SHA-256 in the entry")
+        elif (digest := _sha256(path)) != hashes[file]:
+            problems.append(f"{file} was altered: its SHA-256 is {digest}, not {hashes[file]}")
+    return tuple(problems)
+
+
+def read_entry(path: str | Path) -> RegistryEntry:
+    """The release in one YAML file. Raises FileNotFoundError or ValueError naming file and bad value."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no registry file at {path}")
+    try:
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        return _entry_from(document, path.parent.resolve())
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"{path} is not valid YAML: {line}{error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid YAML: {next(iter(str(error).splitlines()), '')}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def write_entry(entry: RegistryEntry, folder: str | Path) -> Path:
+    """The YAML file ``<folder>/<release>.yaml``, written whole or not at all."""
+    document = asdict(entry)
+    document["saes"] = [_without_none(sae) for sae in document["saes"]]
+    document["provenance"] = _without_none(document["provenance"])
+    path = Path(folder) / f"{entry.release}.yaml"
+    document = _without_none({key: document[key] for key in _YAML_KEYS})
+    try:
+        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)
+    except yaml.YAMLError as error:
+        raise ValueError(f"release {entry.release!r} cannot be written as YAML: {error.args[0]}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{entry.release}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return path
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names in one line for a message, at most twelve of them."""
+    names = list(names)
+    shown = ", ".join(names[:12]) or "none"
+    return shown if len(names) <= 12 else f"{shown} and {len(names) - 12} more"
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys without a word; here the second is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"the key {key.value!r} stands twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_ENTRY_KEYS = dict.fromkeys(_YAML_KEYS, str) | {"config_overrides": dict, "saes": list, "provenance": dict}
+_SAE_KEYS = {"id": str, "path": str, "l0": float, "variance_explained": float, "neuronpedia": str}
+_PROVENANCE_KEYS = {each.name: dict if each.name == "sha256" else str for each in fields(Provenance)}
+_KINDS = {str: "text", float: "a number", list: "a list", dict: "a mapping from text"}
+
+
+def _entry_from(document: object, folder: Path) -> RegistryEntry:
+    values = _typed(document, "the file", _ENTRY_KEYS, required=("release", "model", "saes"))
+    saes = tuple(SaeRecord(**_typed(sae, "saes", _SAE_KEYS, required=("id", "path"))) for sae in values["saes"])
+    provenance = _typed(values.get("provenance", {}), "provenance", _PROVENANCE_KEYS)
+    for file, digest in provenance.get("sha256", {}).items():
+        _check_sha256(f"provenance: sha256 of {file}", digest)
+    return RegistryEntry(**{**values, "saes": saes, "provenance": Provenance(**provenance), "folder": folder})
+
+
+def _typed(value: object, where: str, kinds: Mapping[str, type], required: tuple[str, ...] = ()) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {_shown(value)}; valid: a mapping with {', '.join(kinds)}")
+    if unknown := [key for key in value if key not in kinds]:
+        raise ValueError(f"{where} has the unknown key {_shown(unknown[0])}; valid: {', '.join(kinds)}")
+    if missing := [key for key in required if value.get(key) is None]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    typed: dict[str, Any] = {}
+    for key, each in value.items():
+        kind = kinds[key]
+        if kind is float and type(each) is int and abs(each) < 1e9:
+            each = float(each)
+        if each is None:
+            continue  # an empty value in YAML means the same as leaving the key out
+        if not isinstance(each, kind) or (isinstance(each, dict) and not all(isinstance(name, str) for name in each)):
+            raise ValueError(f"{where}: {key} is {_shown(each)}; valid: {_KINDS[kind]}")
+        typed[key] = each
+    return typed
+
+
+def _inside(entry: RegistryEntry, file: str) -> Path:
+    if entry.folder is None or entry.repo_id:
+        raise ValueError(f"release {entry.release!r} has no files on this machine")
+    _check_path("file", file)
+    home = entry.folder.resolve() / entry.release
+    path = (home / file).resolve()
+    if not path.is_relative_to(home):
+        raise ValueError(f"{file} of release {entry.release!r} leads out of its folder, to {path}")
+    return path
+
+
+def _check_path(where: str, value: str) -> None:
+    if any(part in ("", ".", "..") or re.search(r"[\\:\x00-\x1f]", part) for part in value.split("/")):
+        raise ValueError(f"{where} is {_shown(value)}; valid: a relative path inside its folder")
+
+
+def _check_sha256(where: str, value: object) -> None:
+    if not isinstance(value, str) or not _SHA256.fullmatch(value):
+        raise ValueError(f"{where} is {_shown(value)}; valid: 64 lower-case hexadecimal digits")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}

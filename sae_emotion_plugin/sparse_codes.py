@@ -1,0 +1,359 @@
+"""An SAE and activations -> sparse codes: which features fire on which token, and how strongly.
+
+One streaming pass; what is dense, `[token, d_sae]`, exists for one chunk of tokens at a time.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import scipy.sparse
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_emotion_plugin.activations import HookedModel, activation_batches, hook_capture, tokenize
+from sae_emotion_plugin.models import weights_identity
+
+if TYPE_CHECKING:
+    import pandas
+
+Pooling = Literal["max", "mean", "last", "sum"]
+# Dense pre-activations of one chunk: 64 MiB in float32, which stays in cache-friendly territory on a CPU and is
+# small change on a GPU.
+CHUNK_ENTRIES = 16 * 1024 * 1024
+BLOCK_TEXTS = 2048
+
+
+@dataclass(frozen=True)
+class SparseCodes:
+    """The non-zero codes of a list of texts, tokens in text order, in compressed sparse rows.
+
+    Row `t` (one token) is `features[row_starts[t]:row_starts[t + 1]]` with the `values` beside it. BOS and padding
+    are not among the tokens.
+    """
+
+    values: Float[np.ndarray, " entry"]
+    features: Int[np.ndarray, " entry"]
+    row_starts: Int[np.ndarray, " token_plus_1"]
+    text_index: Int[np.ndarray, " token"]
+    """The text of each token, never decreasing; a text without tokens has none."""
+    token_ids: Int[np.ndarray, " token"]
+    n_texts: int
+    d_sae: int
+    hook_name: str
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.token_ids)
+
+    def matrix(self) -> scipy.sparse.csr_matrix:
+        """The codes as a scipy matrix `[token, d_sae]` that shares our arrays."""
+        return scipy.sparse.csr_matrix(
+            (self.values, self.features, self.row_starts), shape=(self.n_tokens, self.d_sae), copy=False
+        )
+
+    def pooled(self, pooling: Pooling = "max") -> scipy.sparse.csr_matrix:
+        """One row a text, `[text, d_sae]`: each feature's maximum, mean, sum or last-token code in the text.
+
+        A feature that is silent on a token counts as zero there, in the mean too.
+        """
+        if pooling not in get_args(Pooling):
+            raise ValueError(f"unknown pooling {pooling!r} (valid: {', '.join(get_args(Pooling))})")
+        lengths = np.bincount(self.text_index, minlength=self.n_texts)
+        if pooling == "last":
+            ends = np.cumsum(lengths)
+            rows = self.matrix()[ends[lengths > 0] - 1]
+            return _scatter_rows(rows, np.flatnonzero(lengths), self.n_texts)
+        entry_text = np.repeat(self.text_index, np.diff(self.row_starts))
+        order = np.lexsort((self.features, entry_text))
+        text, feature, value = entry_text[order], self.features[order], self.values[order]
+        first = np.flatnonzero(np.r_[True, (np.diff(text) != 0) | (np.diff(feature) != 0)][: len(text)])
+        if len(first) == 0:
+            return scipy.sparse.csr_matrix((self.n_texts, self.d_sae), dtype=np.float32)
+        if pooling == "max":
+            pooled = np.maximum.reduceat(value, first)
+        else:
+            pooled = np.add.reduceat(value.astype(np.float64), first)
+            if pooling == "mean":
+                pooled = pooled / lengths[text[first]]
+        return scipy.sparse.csr_matrix(
+            (pooled.astype(np.float32), (text[first], feature[first])), shape=(self.n_texts, self.d_sae)
+        )
+
+    def select_texts(self, indices: Sequence[int] | Int[np.ndarray, " chosen"]) -> "SparseCodes":
+        """The codes of some texts, renumbered in the order given."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        if len(chosen) and not (0 <= chosen.min() and chosen.max() < self.n_texts):
+            raise ValueError(f"texts {chosen.min()} to {chosen.max()} were asked for (valid: 0 to {self.n_texts - 1})")
+        starts = np.searchsorted(self.text_index, np.arange(self.n_texts + 1))
+        counts = (starts[1:] - starts[:-1])[chosen]
+        tokens = _ranges(starts[chosen], counts)
+        row_lengths = np.diff(self.row_starts)[tokens]
+        entries = _ranges(self.row_starts[tokens], row_lengths)
+        return SparseCodes(
+            values=self.values[entries],
+            features=self.features[entries],
+            row_starts=np.r_[0, np.cumsum(row_lengths)].astype(np.int64),
+            text_index=np.repeat(np.arange(len(chosen)), counts).astype(np.int32),
+            token_ids=self.token_ids[tokens],
+            n_texts=len(chosen),
+            d_sae=self.d_sae,
+            hook_name=self.hook_name,
+        )
+
+    def of_text(self, index: int, feature: int) -> tuple[Int[np.ndarray, " token"], Float[np.ndarray, " token"]]:
+        """The token ids of one text and one feature's code on each of them (dense: it is one short text)."""
+        start, end = np.searchsorted(self.text_index, [index, index + 1])
+        codes = self.matrix()[start:end, feature].toarray()[:, 0]
+        return self.token_ids[start:end], codes
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row for each non-zero code: text, token (counted over all texts), token_id, feature, value."""
+        import pandas as pd
+
+        token = np.repeat(np.arange(self.n_tokens), np.diff(self.row_starts))
+        return pd.DataFrame(
+            {
+                "text": self.text_index[token],
+                "token": token,
+                "token_id": self.token_ids[token],
+                "feature": self.features,
+                "value": self.values,
+            }
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the codes as JSON Lines: a header, then one line a token."""
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        header = {"n_texts": self.n_texts, "d_sae": self.d_sae, "hook_name": self.hook_name}
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(header) + "\n")
+            for token in range(self.n_tokens):
+                entries = slice(self.row_starts[token], self.row_starts[token + 1])
+                row = {
+                    "text": int(self.text_index[token]),
+                    "token_id": int(self.token_ids[token]),
+                    "features": self.features[entries].tolist(),
+                    # The shortest decimal that gives the same float32 back.
+                    "values": [float(str(value)) for value in self.values[entries]],
+                }
+                file.write(json.dumps(row) + "\n")
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SparseCodes":
+        """The codes written by `save`."""
+        with Path(path).open(encoding="utf-8") as file:
+            header = json.loads(next(file))
+            rows = [json.loads(line) for line in file]
+        return cls(
+            values=np.array([value for row in rows for value in row["values"]], dtype=np.float32),
+            features=np.array([feature for row in rows for feature in row["features"]], dtype=np.int32),
+            row_starts=np.r_[0, np.cumsum([len(row["features"]) for row in rows])].astype(np.int64),
+            text_index=np.array([row["text"] for row in rows], dtype=np.int32),
+            token_ids=np.array([row["token_id"] for row in rows], dtype=np.int32),
+            **header,
+        )
+
+    def __repr__(self) -> str:
+        l0 = len(self.values) / max(self.n_tokens, 1)
+        return (
+            f"SparseCodes({self.n_texts} texts, {self.n_tokens} tokens, {self.d_sae} features at "
+            f"{self.hook_name}, L0 {l0:.1f})"
+        )
+
+
+def encode_texts(
+    model: HookedModel,
+    sae: Any,
+    texts: Sequence[str] | Any,
+    *,
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> SparseCodes:
+    """The sparse codes of `texts` (strings, or `LabelledTexts`) at the hook that the SAE was trained on.
+
+    Works for every SAELens SAE that reads and writes one hook (TopK, ReLU, JumpReLU, BatchTopK, gated ...); the
+    values are those of its own `encode`. Context size and BOS follow the SAE's metadata.
+
+    Args:
+        cache: a folder that keeps the codes, block by block, under a hash of model, SAE and texts: an interrupted
+            run goes on where it was, and a second one only reads.
+
+    Raises:
+        ValueError: the texts are empty, the model lacks the hook, the widths differ, or the SAE is a transcoder.
+    """
+    strings: Sequence[str] = getattr(texts, "texts", texts)
+    if isinstance(strings, str):
+        raise ValueError("texts must be a list of strings, not one string")
+    if len(strings) == 0:
+        raise ValueError("no texts to encode: the list is empty")
+    hook_name = checked_hook(model, sae)
+    if cache is None:
+        parts = [_encode_block(model, sae, strings, hook_name, progress)]
+    else:
+        folder = Path(cache) / _cache_key(model, sae, strings)
+        folder.mkdir(parents=True, exist_ok=True)
+        blocks = range(0, len(strings), BLOCK_TEXTS)
+        parts = [
+            _cached_block(
+                folder / f"{start:08d}.npz",
+                lambda start=start: _encode_block(
+                    model, sae, strings[start : start + BLOCK_TEXTS], hook_name, progress=False
+                ),
+            )
+            for start in tqdm(blocks, desc="encoding texts", unit="block", disable=not progress)
+        ]
+    return _joined(parts, len(strings), sae.cfg.d_sae, hook_name)
+
+
+def encode_vectors(
+    sae: Any, vectors: Float[Tensor, "token d_in"]
+) -> tuple[Float[np.ndarray, " entry"], Int[np.ndarray, " entry"], Int[np.ndarray, " token"]]:
+    """The non-zero codes of a batch of vectors: values, features, and how many each token has."""
+    rows = max(1, CHUNK_ENTRIES // sae.cfg.d_sae)
+    values, features, counts = [], [], []
+    with torch.inference_mode(), _flat_heads(sae):
+        for chunk in vectors.to(device=sae.device, dtype=sae.dtype).split(rows):
+            codes = sae.encode(chunk)
+            codes = codes.to_dense() if codes.is_sparse else codes
+            token, feature = codes.nonzero(as_tuple=True)
+            values.append(codes[token, feature].float().cpu().numpy())
+            features.append(feature.to(torch.int32).cpu().numpy())
+            counts.append(torch.bincount(token, minlength=len(chunk)).cpu().numpy())
+    return np.concatenate(values), np.concatenate(features), np.concatenate(counts)
+
+
+def checked_hook(model: HookedModel, sae: Any) -> str:
+    """The SAE's hook name, after a check that the SAE can be used at it.
+
+    Raises:
+        ValueError: a transcoder, a hook that the model lacks, or another width; the message gives both sides.
+    """
+    if "transcoder" in sae.cfg.architecture():
+        raise ValueError(
+            f"{sae.cfg.architecture()} reads {sae.cfg.metadata.hook_name} and writes "
+            f"{sae.cfg.metadata.hook_name_out}: only SAEs that read and write one hook can be used"
+        )
+    hook_name = sae.cfg.metadata.hook_name
+    if not hook_name:
+        raise ValueError("the SAE's metadata names no hook (hook_name)")
+    settings = token_settings(sae)
+    windows = tokenize(model, ["a"], **settings)
+    width = hook_capture(model, hook_name)(torch.tensor([windows[0].token_ids])).shape[-1]
+    if width != sae.cfg.d_in:
+        raise ValueError(f"the SAE reads {sae.cfg.d_in} dimensions, the model has {width} at {hook_name}")
+    return hook_name
+
+
+def token_settings(sae: Any) -> dict[str, Any]:
+    """How texts are cut for this SAE: `context_size` (at most 512) and `prepend_bos` of its metadata."""
+    metadata = sae.cfg.metadata
+    context_size = metadata.context_size
+    prepend_bos = metadata.prepend_bos
+    return {
+        "context_size": min(int(context_size), 512) if context_size else 128,
+        "prepend_bos": True if prepend_bos is None else bool(prepend_bos),
+    }
+
+
+@contextmanager
+def _flat_heads(sae: Any) -> Iterator[None]:
+    """Our vectors are flat already: an SAE on attention heads must not fold them again, for as long as this lasts."""
+    folding = sae.cfg.reshape_activations == "hook_z" and sae.hook_z_reshaping_mode
+    if folding:
+        sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        if folding:
+            sae.turn_on_forward_pass_hook_z_reshaping()
+
+
+def _encode_block(
+    model: HookedModel, sae: Any, texts: Sequence[str], hook_name: str, progress: bool
+) -> dict[str, np.ndarray]:
+    """The columns of one block's codes, tokens in text order, texts counted from the block's start."""
+    batches = []
+    for batch in activation_batches(model, texts, hook_name, progress=progress, **token_settings(sae)):
+        values, features, counts = encode_vectors(sae, batch.vectors)
+        batches.append((batch.text_index, batch.position, batch.token_ids, counts, features, values))
+    if not batches:
+        empty = {name: np.zeros(0, np.int32) for name in ("text", "token_ids", "counts", "features")}
+        return {**empty, "values": np.zeros(0, np.float32)}
+    text, position, token_ids, counts, features, values = map(np.concatenate, zip(*batches, strict=True))
+    order = np.lexsort((position, text))
+    entries = _ranges((np.cumsum(counts) - counts)[order], counts[order])
+    return {
+        "text": text[order].astype(np.int32),
+        "token_ids": token_ids[order].astype(np.int32),
+        "counts": counts[order].astype(np.int32),
+        "features": features[entries].astype(np.int32),
+        "values": values[entries].astype(np.float32),
+    }
+
+
+def _joined(blocks: list[dict[str, np.ndarray]], n_texts: int, d_sae: int, hook_name: str) -> SparseCodes:
+    columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    if not len(columns["text"]):
+        raise ValueError("no tokens to encode: every text is empty")
+    offsets = np.repeat(np.arange(len(blocks)) * BLOCK_TEXTS, [len(block["text"]) for block in blocks])
+    return SparseCodes(
+        values=columns["values"],
+        features=columns["features"],
+        row_starts=np.r_[0, np.cumsum(columns["counts"], dtype=np.int64)],
+        text_index=(columns["text"] + offsets).astype(np.int32),
+        token_ids=columns["token_ids"],
+        n_texts=n_texts,
+        d_sae=d_sae,
+        hook_name=hook_name,
+    )
+
+
+def _cached_block(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    if path.is_file():
+        with np.load(path, allow_pickle=False) as saved:
+            return dict(saved)
+    block = make()
+    partial = path.with_name(f".{path.name}.{os.getpid()}.npz")
+    try:
+        np.savez(partial, **block)  # pyright: ignore[reportArgumentType] (numpy's stub of the keyword arguments)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return block
+
+
+def _cache_key(model: HookedModel, sae: Any, texts: Sequence[str]) -> str:
+    """A hash of everything that the codes depend on."""
+    digest = hashlib.sha256()
+    settings = {**token_settings(sae), "block": BLOCK_TEXTS, "chunk": CHUNK_ENTRIES}
+    digest.update(json.dumps([weights_identity(model), sae.cfg.to_dict(), settings, list(texts)], default=str).encode())
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The indices `start, start + 1, ...` of every range, one after the other."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(np.asarray(starts) - (ends - lengths), lengths)
+
+
+def _scatter_rows(rows: scipy.sparse.csr_matrix, where: np.ndarray, n_rows: int) -> scipy.sparse.csr_matrix:
+    lengths = np.zeros(n_rows, dtype=np.int64)
+    lengths[where] = np.diff(rows.indptr)
+    return scipy.sparse.csr_matrix(
+        (rows.data, rows.indices, np.r_[0, np.cumsum(lengths)]), shape=(n_rows, rows.shape[1])
+    )

@@ -1,0 +1,376 @@
+"""A recipe -> a trained dictionary: activations collected once, then SAELens's own trainer over them.
+
+The inputs are centred and divided by one number for training; both are folded into the saved weights, so that plain
+SAELens reads a dictionary that needs to know nothing of it. Codes of the saved dictionary are in units of the
+residual stream, and its decoder rows are unit vectors.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_emotion_plugin.activations import activation_batches, canonical_hook, tokenize
+from sae_emotion_plugin.evaluation import DictionaryReport, evaluate
+from sae_emotion_plugin.models import model_identity, weights_identity
+from sae_emotion_plugin.recipes import TrainingRecipe, read_documents
+from sae_emotion_plugin.registry import Provenance, RegistryEntry, SaeRecord, write_entry
+
+logger = logging.getLogger(__name__)
+
+# About 80 MB of float32 activations a shard at 640 dimensions: what an interrupt can cost.
+SHARD_TOKENS = 32_768
+
+
+@dataclass(frozen=True)
+class TrainedDictionary:
+    """A folder that plain SAELens loads, with what made it and how good it is."""
+
+    folder: Path
+    recipe: TrainingRecipe
+    report: DictionaryReport
+    sha256: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each file in the folder."""
+
+
+def train(
+    recipe: TrainingRecipe,
+    model: Any,
+    text_root: str | Path,
+    out_dir: str | Path,
+    *,
+    work_dir: str | Path | None = None,
+    progress: bool = True,
+) -> TrainedDictionary:
+    """The dictionary made by `recipe` from the texts under `text_root`, written to `out_dir`.
+
+    Activations go to `work_dir` (by default `<out_dir>.work`) in shards, and training leaves checkpoints there: an
+    interrupted run goes on where it was when called again. `out_dir` appears when it is complete. Two runs with one
+    seed on one machine give equal weights.
+
+    Raises:
+        ValueError, FileNotFoundError: `out_dir` exists, a text file is missing, or the model lacks the hook.
+    """
+    out_dir = Path(out_dir)
+    if out_dir.exists():
+        raise ValueError(f"{out_dir} exists already: choose a folder that does not")
+    canonical_hook(model, recipe.hook_name)
+    training, held_out, provenance = _documents(recipe, model, Path(text_root))
+    work = Path(work_dir) if work_dir else out_dir.with_name(out_dir.name + ".work")
+    work.mkdir(parents=True, exist_ok=True)
+    store = _collect(recipe, model, training, work, progress)
+    sae, mean, scale, log = _fit(recipe, store, model_identity(model)["name"], work)
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=out_dir.parent, prefix=f".{out_dir.name}-"))
+    try:
+        _save_folded(sae, mean, scale, scratch)
+        from sae_lens import SAE
+
+        report = evaluate(model, SAE.load_from_disk(scratch), held_out, progress=progress)
+        report.save(scratch / "report.json")
+        (scratch / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        _write_json(
+            scratch / "provenance.json",
+            {
+                "model": model_identity(model),
+                "texts": provenance,
+                "training_tokens": len(store),
+                "held_out_documents": len(held_out),
+                "versions": {
+                    name: metadata.version(name) for name in ("sae-lens", "torch", "transformer-lens", "transformers")
+                },
+                "seed": recipe.seed,
+                "training": log,
+            },
+        )
+        os.chmod(scratch, 0o755)
+        os.replace(scratch, out_dir)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return TrainedDictionary(out_dir, recipe, report, file_hashes(out_dir))
+
+
+def register_dictionary(trained: TrainedDictionary, folder: str | Path) -> RegistryEntry:
+    """The registry entry of a trained dictionary, after its files were copied to `folder` and the YAML file written.
+
+    Raises:
+        ValueError: the folder holds that release already, or a name in the recipe cannot stand in a registry.
+    """
+    recipe, report = trained.recipe, trained.report
+    provenance = json.loads((trained.folder / "provenance.json").read_text(encoding="utf-8"))
+    identity = provenance["model"]
+    entry = RegistryEntry(
+        release=recipe.name,
+        model=identity["name"],
+        saes=(SaeRecord(id=recipe.sae_id, path=recipe.sae_id, l0=report.l0, variance_explained=1.0 - report.fvu),),
+        provenance=Provenance(
+            recipe=f"{recipe.sae_id}/recipe.yaml",
+            report=f"{recipe.sae_id}/report.json",
+            sha256={f"{recipe.sae_id}/{name}": digest for name, digest in file_hashes(trained.folder).items()},
+            licence=recipe.licence or None,
+            texts="; ".join(f"{text['path']} ({text['licence']})" for text in provenance["texts"]),
+            model_sha256=identity.get("gguf_sha256"),
+            notes=identity.get("weights"),
+        ),
+    )
+    target = Path(folder) / recipe.name / recipe.sae_id
+    for path in (target, Path(folder) / f"{recipe.name}.yaml"):
+        if path.exists():
+            raise ValueError(f"{path} exists already: remove it or choose another name in the recipe")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".copy-"))
+    try:
+        shutil.copytree(trained.folder, scratch, dirs_exist_ok=True)
+        scratch.chmod(0o755)
+        os.replace(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    write_entry(entry, folder)
+    return entry
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file directly in a folder, by name."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir()) if path.is_file()
+    }
+
+
+def _documents(recipe: TrainingRecipe, model: Any, root: Path) -> tuple[list[str], list[str], list[dict[str, Any]]]:
+    """Training texts, held-out texts and the record of every file; whole documents on one side."""
+    rng = np.random.default_rng(recipe.seed)
+    training: list[str] = []
+    held_out: list[str] = []
+    record: list[dict[str, Any]] = []
+    for source in recipe.texts:
+        path = root / source.path
+        documents = read_documents(path, source.document)
+        names = list(documents)
+        rng.shuffle(names)
+        n_held_out = max(1, round(len(names) * recipe.held_out_share))
+        if len(names) <= n_held_out:
+            raise ValueError(f"{path} has {len(names)} documents, too few to keep one for the report")
+        reserved, names = names[:n_held_out], names[n_held_out:]
+        # A novel held out as a whole would drown the other sources' documents: at most 200 of its paragraphs count.
+        held_out += [text for name in reserved for text in documents[name][:200]]
+        texts = [text for name in names for text in documents[name]]
+        if source.document:
+            rng.shuffle(texts)
+        if source.tokens is not None:
+            texts = _first_tokens(model, texts, source.tokens)
+        training += texts
+        record.append(
+            {
+                "path": source.path,
+                "licence": source.licence,
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "training_texts": len(texts),
+                "held_out_documents": n_held_out,
+            }
+        )
+    rng.shuffle(training)
+    return training, held_out, record
+
+
+def _first_tokens(model: Any, texts: list[str], tokens: int) -> list[str]:
+    total = 0
+    for index, ids in enumerate(model.tokenizer(texts, add_special_tokens=False)["input_ids"]):
+        total += len(ids)
+        if total >= tokens:
+            return texts[: index + 1]
+    return texts
+
+
+class ActivationStore:
+    """Float32 activations of many tokens in memory-mapped shards, read back in a seeded order, epoch after epoch."""
+
+    def __init__(self, shards: list[Path], key: str) -> None:
+        self.key = key
+        """Hash of the model, hook and texts that the activations come from."""
+        self.shards = [np.load(path, mmap_mode="r") for path in shards]
+        self.starts = np.r_[0, np.cumsum([len(shard) for shard in self.shards])]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def rows(self, wanted: np.ndarray) -> Float[Tensor, "token d_in"]:
+        """The activations of some tokens, in ascending order of their number (a batch's order does not matter)."""
+        wanted = np.sort(wanted)
+        cuts = np.searchsorted(wanted, self.starts)
+        pieces = [
+            shard[wanted[low:high] - start]
+            for shard, start, low, high in zip(self.shards, self.starts[:-1], cuts[:-1], cuts[1:], strict=True)
+            if high > low
+        ]
+        return torch.from_numpy(np.concatenate(pieces))
+
+    def batches(self, batch_size: int, seed: int, first_step: int = 0) -> Iterator[Float[Tensor, "token d_in"]]:
+        """Endless shuffled batches; `first_step` skips what a resumed run has seen."""
+        steps = len(self) // batch_size
+        epoch, offset = divmod(first_step, steps)
+        while True:
+            order = np.random.default_rng([seed, epoch]).permutation(len(self))
+            for step in range(offset, steps):
+                yield self.rows(order[step * batch_size : (step + 1) * batch_size])
+            epoch, offset = epoch + 1, 0
+
+
+def _collect(recipe: TrainingRecipe, model: Any, texts: list[str], work: Path, progress: bool) -> ActivationStore:
+    """Activations of all texts, a shard of texts at a time; shards that are there already are kept."""
+    settings: dict[str, Any] = {"context_size": recipe.context_size, "prepend_bos": True}
+    windows = tokenize(model, texts, **settings)
+    key = _key(weights_identity(model), recipe.hook_name, settings, texts)
+    folder = work / f"activations-{key}"
+    folder.mkdir(exist_ok=True)
+    lengths = np.bincount(
+        [window.text_index for window in windows],
+        weights=[len(window.token_ids) - window.bos for window in windows],
+        minlength=len(texts),
+    )
+    bounds = np.searchsorted(np.cumsum(lengths), np.arange(0, lengths.sum(), SHARD_TOKENS)[1:])
+    # One text may fill several shards' worth: the shards that it skips would be empty.
+    pieces = [piece for piece in np.split(np.arange(len(texts)), bounds) if lengths[piece].sum()]
+    paths = []
+    for index, piece in enumerate(tqdm(pieces, desc="activations", unit="shard", disable=not progress)):
+        path = folder / f"{index:05d}.npy"
+        paths.append(path)
+        if path.is_file():
+            continue
+        batches = activation_batches(model, [texts[i] for i in piece], recipe.hook_name, progress=False, **settings)
+        vectors = torch.cat([batch.vectors.float().cpu() for batch in batches]).numpy()
+        partial = path.with_suffix(".partial.npy")
+        np.save(partial, vectors)
+        os.replace(partial, path)
+    return ActivationStore(paths, key)
+
+
+def _fit(
+    recipe: TrainingRecipe, store: ActivationStore, model_name: str, work: Path
+) -> tuple[Any, Float[Tensor, " d_in"], float, dict[str, Any]]:
+    """The trained SAE in normalised space, with the mean and the one number that lead there."""
+    from sae_lens import TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.saes.sae import SAEMetadata
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    from sae_emotion_plugin.architectures import SparseStepTopKTrainingSAE
+
+    rng = np.random.default_rng(recipe.seed)
+    sample = store.rows(rng.choice(len(store), size=min(len(store), 100_000), replace=False))
+    mean = sample.double().mean(0)
+    # One number for all dimensions keeps angles, and so unit decoder rows, what they are in the residual stream.
+    scale = float((sample.double() - mean).square().mean().sqrt())
+    mean = mean.float()
+    config = TopKTrainingSAEConfig(
+        d_in=sample.shape[1],
+        d_sae=recipe.d_sae,
+        k=recipe.k,
+        apply_b_dec_to_input=True,
+        normalize_activations="none",
+        # Tied, unit-norm start: the encoder begins as the decoder's transpose (arXiv 2406.04093, A.1).
+        decoder_init_norm=1.0,
+        rescale_acts_by_decoder_norm=True,
+        aux_loss_coefficient=recipe.aux_loss_coefficient,
+        metadata=SAEMetadata(
+            model_name=model_name,
+            hook_name=recipe.hook_name,
+            context_size=recipe.context_size,
+            prepend_bos=True,
+            model_from_pretrained_kwargs={},
+        ),
+    )
+    # SAELens draws the first weights from torch's global generator, which is the user's afterwards as it was before.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        sae = TopKTrainingSAE(config)
+    checkpoints = work / f"checkpoints-{_key(recipe.to_yaml(), store.key)}"
+    steps = max(1, int(len(store) * recipe.epochs) // recipe.batch_size)
+    if len(store) < recipe.batch_size:
+        raise ValueError(f"{len(store)} tokens are fewer than one batch of {recipe.batch_size}: more texts are needed")
+    trainer_config = SAETrainerConfig(
+        total_training_samples=steps * recipe.batch_size,
+        train_batch_size_samples=recipe.batch_size,
+        lr=recipe.lr,
+        lr_warm_up_steps=min(recipe.lr_warm_up_steps, max(1, steps // 10)),
+        lr_decay_steps=int(steps * recipe.lr_decay_share),
+        lr_end=0.0,
+        dead_feature_window=max(1, recipe.dead_token_window // recipe.batch_size),
+        n_checkpoints=4,
+        checkpoint_path=str(checkpoints),
+    )
+    trainer = SAETrainer(
+        cfg=trainer_config,
+        sae=sae,
+        data_provider=iter(()),
+        save_checkpoint_fn=_mark_complete,
+    )
+    first_step = _resume(trainer, checkpoints, recipe.batch_size)
+    trainer.data_provider = (
+        (batch - mean) / scale for batch in store.batches(recipe.batch_size, recipe.seed, first_step)
+    )
+    trainer.fit()
+    log = {"steps": steps, "tokens": steps * recipe.batch_size, "resumed_at_step": first_step}
+    return sae, mean, scale, log
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _mark_complete(checkpoint_path: Path | None) -> None:
+    if checkpoint_path is not None:
+        (checkpoint_path / "complete").touch()
+
+
+def _resume(trainer: Any, checkpoints: Path, batch_size: int) -> int:
+    """Load the last complete checkpoint, if there is one, and return the number of steps it has behind it."""
+    complete = [path.parent for path in checkpoints.glob("*/complete")]
+    if not complete:
+        return 0
+    last = max(complete, key=lambda path: int(path.name))
+    trainer.sae.load_state_dict(load_file(last / "sae_weights.safetensors"))
+    trainer.load_trainer_state(last)
+    # SAELens saves before it counts the step.
+    trainer.n_training_steps = trainer.n_training_samples // batch_size
+    trainer.checkpoint_thresholds = [
+        threshold for threshold in trainer.checkpoint_thresholds if threshold > trainer.n_training_samples
+    ]
+    logger.info("resuming at step %d", trainer.n_training_steps)
+    return trainer.n_training_steps
+
+
+def _save_folded(sae: Any, mean: Float[Tensor, " d_in"], scale: float, folder: Path) -> None:
+    """Write the inference SAE for raw activations: unit decoder rows and float16 matrices, float32 biases."""
+    sae.save_inference_model(folder)
+    state = load_file(folder / "sae_weights.safetensors")
+    # x = mean + scale * y: y - b = (x - (mean + scale * b)) / scale, and the reconstruction is scaled back. With the
+    # scale moved into the codes, the encoder's division and multiplication cancel.
+    state["b_dec"] = mean + scale * state["b_dec"]
+    state["b_enc"] = scale * state["b_enc"]
+    for name in ("W_enc", "W_dec"):
+        state[name] = state[name].to(torch.float16)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "sae_weights.safetensors")
+    config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+    # The rows are unit vectors now: rescaling by their rounded norms would only add noise.
+    config["rescale_acts_by_decoder_norm"] = False
+    _write_json(folder / "cfg.json", config)
+    for path in folder.iterdir():
+        path.chmod(0o644)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

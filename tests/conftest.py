@@ -1,0 +1,144 @@
+"""Tiny random models and a planted dictionary for all tests; nothing is downloaded."""
+
+import warnings
+from typing import Any
+
+import pytest
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    # TransformerLens and SAELens warn about each other's deprecated names while they are imported.
+    import sae_lens
+    import torch
+    import transformer_lens
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+
+WORDS = (
+    "<pad>", "<bos>", "<eos>", "<unk>", "he", "is", "such", "a", "joy", "happy", "smile", "anger", "sad", "fear",
+    *(f"w{index}" for index in range(50)),
+)  # fmt: skip
+VOCABULARY = {word: index for index, word in enumerate(WORDS)}
+HOOK = "blocks.0.hook_resid_post"
+D_MODEL = 32
+D_SAE = 64
+JOY = 7
+"""The feature that the planted dictionary has for joy."""
+JOY_TOKEN = VOCABULARY["joy"]
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> Any:
+    """One token a word; unknown words are `<unk>`; BOS, EOS and padding have ids of their own."""
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        # Both keep TransformerLens from looking the tokenizer up by its name.
+        name_or_path="tiny",
+        add_bos_token=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def hooked_transformer(word_tokenizer: Any) -> Any:
+    """A two-layer random HookedTransformer with learned positions."""
+    config = transformer_lens.HookedTransformerConfig(
+        n_layers=2,
+        d_model=D_MODEL,
+        n_ctx=64,
+        d_head=16,
+        n_heads=2,
+        d_mlp=64,
+        d_vocab=len(WORDS),
+        act_fn="gelu",
+        normalization_type="LN",
+        seed=0,
+        device="cpu",
+    )
+    model = transformer_lens.HookedTransformer(config, tokenizer=word_tokenizer)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        # Random weights hardly tell positions and words apart; larger ones make mistakes with either visible.
+        for name, parameter in model.named_parameters():
+            if name in ("embed.W_E", "pos_embed.W_pos", "unembed.W_U"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def bridge(word_tokenizer: Any) -> Any:
+    """A two-layer random Gemma 3 of `transformers`, one layer with a sliding window, as a SAETransformerBridge."""
+    from sae_emotion_plugin.models import load_model
+
+    config = Gemma3TextConfig(
+        vocab_size=len(WORDS),
+        hidden_size=D_MODEL,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=32,
+        layer_types=["sliding_attention", "full_attention"],
+        max_position_embeddings=64,
+        pad_token_id=VOCABULARY["<pad>"],
+        bos_token_id=VOCABULARY["<bos>"],
+        eos_token_id=VOCABULARY["<eos>"],
+        tie_word_embeddings=False,
+        initializer_range=0.3,
+        architectures=["Gemma3ForCausalLM"],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Gemma3ForCausalLM(config)
+    return load_model(model.eval(), tokenizer=word_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def planted_sae() -> Any:
+    """A TopK SAE (k 4) at `blocks.0.hook_resid_post` whose feature 7 reads and writes its own direction, "joy"."""
+    return make_sae()
+
+
+@pytest.fixture(scope="session")
+def layer_norm_sae() -> Any:
+    """The planted SAE on layer-normed activations, as OpenAI's are."""
+    return make_sae(normalize_activations="layer_norm")
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Any:
+    """The embedded Gemma 3 270M, converted on the first use (a minute). For tests marked slow."""
+    from sae_emotion_plugin.models import load_model
+
+    return load_model("embedded")
+
+
+def make_sae(normalize_activations: str = "none", hook_name: str = HOOK, d_in: int = D_MODEL) -> Any:
+    config = sae_lens.TopKSAEConfig(
+        d_in=d_in,
+        d_sae=D_SAE,
+        k=4,
+        apply_b_dec_to_input=True,
+        normalize_activations=normalize_activations,  # type: ignore[arg-type]
+        rescale_acts_by_decoder_norm=False,
+        metadata=sae_lens.saes.sae.SAEMetadata(
+            hook_name=hook_name, model_name="tiny", context_size=32, prepend_bos=True
+        ),
+    )
+    sae = sae_lens.TopKSAE(config)
+    generator = torch.Generator().manual_seed(7)
+    directions = torch.nn.functional.normalize(torch.randn(D_SAE, d_in, generator=generator), dim=-1)
+    with torch.no_grad():
+        # Rows of unequal length, so that a forgotten normalisation shows.
+        lengths = torch.linspace(0.5, 2.0, D_SAE)[:, None]
+        sae.W_dec.copy_(directions * lengths)
+        sae.W_enc.copy_((directions / lengths).T)
+        sae.b_enc.copy_(torch.rand(D_SAE, generator=generator) * 0.1)
+        sae.b_dec.copy_(torch.randn(d_in, generator=generator) * 0.05)
+    return sae.eval()

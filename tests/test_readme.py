@@ -1,0 +1,63 @@
+import re
+from pathlib import Path
+
+import click
+import pytest
+from readme_reference import README, commands, reference, updated
+
+TEXT = README.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("name", "command"), list(commands()), ids=[name for name, _ in commands()])
+def test_every_command_has_help_and_stands_in_the_readme(name: str, command: click.Command) -> None:
+    assert command.help and command.help.strip().endswith((".", ").", '".', ':"')) or ":" in (command.help or "")
+    assert f"### `{name}`" in TEXT
+    for parameter in command.params:
+        if isinstance(parameter, click.Option) and parameter.name != "help":
+            assert parameter.help, f"{name} {parameter.opts[0]} has no help"
+
+
+def test_the_command_reference_in_the_readme_is_the_commands_own_help() -> None:
+    assert updated(TEXT) == TEXT, "run `make readme`"
+    assert reference().strip() in TEXT
+
+
+def test_quickstart_and_test_are_the_first_commands_of_the_readme() -> None:
+    first = re.search(r"```bash\n(.*?)```", TEXT, re.DOTALL)
+    assert first is not None
+    assert [line.split("#")[0].strip() for line in first.group(1).strip().splitlines()] == [
+        "make quickstart",
+        "make test",
+    ]
+
+
+def test_every_module_stands_in_the_module_map() -> None:
+    table = TEXT.split("## Modules")[1].split("## Licences")[0]
+    package = README.parent / "sae_emotion_plugin"
+    modules = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
+    named = set(re.findall(r"`(\w+)`", " ".join(row.split("|")[1] for row in table.splitlines() if row.startswith("|"))))
+    assert named == modules
+
+
+def test_the_python_tour_imports_only_public_names() -> None:
+    import sae_emotion_plugin
+
+    for line in re.findall(r"from sae_emotion_plugin import (.+)", TEXT):
+        for name in line.split(","):
+            assert name.strip() in sae_emotion_plugin.__all__
+
+
+@pytest.mark.slow
+def test_the_five_minute_tour_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    tour = TEXT.split("## Five minutes in Python")[1]
+    first, second = re.findall(r"```python\n(.*?)```", tour, re.DOTALL)[:2]
+    scope: dict[str, object] = {}
+    exec(compile(first, "README.md", "exec"), scope)
+    assert "he is such a" in capsys.readouterr().out
+    exec(compile(second, "README.md", "exec"), scope)
+    assert getattr(scope["sae"], "cfg").metadata.hook_name == "blocks.9.hook_resid_post"
+
+
+def test_files_linked_from_the_readme_exist() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT):
+        assert (README.parent / Path(target)).is_file(), target
