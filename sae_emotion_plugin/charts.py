@@ -188,7 +188,7 @@ def stacked_panels(
         top += panel.height + 32
     bottom = top - 32
     if (marked := finite(marked_x)) is not None:
-        parts.append(_line("marked", x(marked), 16, x(marked), bottom))
+        parts.insert(0, _line("marked", x(marked), 16, x(marked), bottom))
     steps = ticks(*x_domain, at_most=6)
     parts += [_text(x(step), bottom + 14, number(step, _digits(steps)), "tick", "middle") for step in steps]
     parts.append(_text((left + right) / 2, bottom + 29, x_label, "tick", "middle"))
@@ -231,7 +231,9 @@ def _series(series: Series, x: _Scale, y: _Scale) -> list[Markup]:
             parts.append(_shape(f"band {strength}", _path(outline) + "Z"))
     if len(points) > 1:
         parts.append(_shape(f"line {strength}", _path(points)))
-    parts += [_dot(f"point {strength}", a, b, 3.2 if series.emphasised else 2.6) for a, b in points]
+    parts += [
+        _dot(f"point {strength}", a, b, 4.4 if len(points) == 1 else 3 if series.emphasised else 2.6) for a, b in points
+    ]
     return parts
 
 

@@ -79,7 +79,11 @@ class DictionaryReport:
 
     @classmethod
     def load(cls, path: str | Path) -> "DictionaryReport":
-        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        """The report written by `save`. ValueError for a file that holds something else."""
+        try:
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} holds no dictionary report: {error}") from error
 
 
 def evaluate(
@@ -99,12 +103,11 @@ def evaluate(
         raise ValueError("no texts to evaluate on: the list is empty")
     hook_name = checked_hook(model, sae)
     settings = token_settings(sae)
-    vectors = torch.cat(
-        [
-            batch.vectors.float().cpu()
-            for batch in activation_batches(model, texts, hook_name, progress=progress, **settings)
-        ]
-    )
+    batches = activation_batches(model, texts, hook_name, progress=progress, **settings)
+    parts = [batch.vectors.float().cpu() for batch in batches]
+    if not parts:
+        raise ValueError("no tokens to evaluate on: every text is empty")
+    vectors = torch.cat(parts)
     mean = vectors.mean(0)
     error, deviation = torch.zeros(sae.cfg.d_in).double(), torch.zeros(sae.cfg.d_in).double()
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)

@@ -1,6 +1,7 @@
 """Features and tokens: which features fire on a prompt, and which tokens a feature promotes and suppresses."""
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from sae_emotion_plugin.sparse_codes import encode_texts
 
 if TYPE_CHECKING:
     import pandas
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class PromptFeatures:
     def to_pandas(self) -> "pandas.DataFrame":
         import pandas as pd
 
-        return pd.DataFrame([vars(row) for row in self.rows])
+        columns = [field.name for field in fields(FiringFeature)]
+        return pd.DataFrame([vars(row) for row in self.rows], columns=columns)
 
     def __repr__(self) -> str:
         lines = [f"PromptFeatures({self.prompt!r})"]
@@ -88,7 +92,14 @@ def promoted_tokens(model: HookedModel, sae: Any, features: list[int], top: int)
 
 
 def with_promoted_tokens(scores: FeatureScores, model: HookedModel, sae: Any, top: int = 10) -> FeatureScores:
-    """The scores with the `top` tokens that each feature's decoder direction promotes and suppresses (logit lens)."""
+    """The scores with the `top` tokens that each feature's decoder direction promotes and suppresses (logit lens).
+
+    Directions that are no residual directions, as those of an SAE on attention heads, have none: the scores come back
+    as they are, with a warning.
+    """
+    if sae.W_dec.shape[1] != model.cfg.d_model:
+        logger.warning("no promoted tokens: the SAE writes %d dimensions, not the residual stream", sae.W_dec.shape[1])
+        return scores
 
     def logits_of(features: list[int]) -> np.ndarray:
         return logit_lens(model, sae.W_dec[features].detach()).cpu().numpy()

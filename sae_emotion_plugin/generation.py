@@ -1,9 +1,11 @@
 """Prompts and steering plans -> continuations, in batches whose rows differ; and what steering did and cost."""
 
 import inspect
+import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -14,32 +16,16 @@ from tqdm.auto import tqdm
 
 from sae_emotion_plugin.activations import HookedModel, model_device
 from sae_emotion_plugin.evidence import is_degenerate
-from sae_emotion_plugin.judges import Generation, Generations, Part, Summary, perplexity_ratio, summary, valence
+from sae_emotion_plugin.judges import Generation, Generations, Part, valence
 from sae_emotion_plugin.models import model_identity
 from sae_emotion_plugin.sparse_codes import checked_hook, token_settings
 from sae_emotion_plugin.steering import SteeringPlan, check_plan, row_steering
 
 logger = logging.getLogger(__name__)
 
-__all__ = [
-    "Continuation",
-    "Generation",
-    "Generations",
-    "Part",
-    "Request",
-    "Summary",
-    "complete",
-    "continuation_nll",
-    "generate",
-    "judge_rows",
-    "perplexity_ratio",
-    "summary",
-]
-
 Forward = Callable[[Int[Tensor, "row step"]], Float[Tensor, "row vocab"]]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-BATCH_ROWS = 64
 # Logits of one batch when likelihoods are measured: 256 MiB in float32.
 LOGIT_ENTRIES = 64 * 1024 * 1024
 
@@ -88,19 +74,13 @@ def generate(
 ) -> Generations:
     """Each prompt's continuation with and without the plan, judged: valence, likelihood, degeneration.
 
-    Raises:
-        ValueError: no prompts, an empty one, one too long for the model, or a plan that does not fit the SAE.
+    ValueError for no prompts, an empty one, one too long for the model, or a plan that does not fit the SAE.
     """
     if isinstance(prompts, str):
         raise ValueError("prompts must be a list of strings, not one string")
     steered = [Request(prompt, plan, temperature, seed) for prompt in prompts]
-    done = complete(
-        model,
-        sae,
-        [*steered, *(replace(request, plan=None) for request in steered)],
-        max_new_tokens=max_new_tokens,
-        progress=False,
-    )
+    both = [*steered, *(replace(request, plan=None) for request in steered)]
+    done = complete(model, sae, both, max_new_tokens=max_new_tokens, progress=False)
     rows = judge_rows(done[: len(steered)], done[len(steered) :], emotion=emotion, part=part)
     meta = {"model": model_identity(model), "max_new_tokens": max_new_tokens, "plan": plan.to_dict()}
     return Generations({**meta, "recommended": {}}, rows)
@@ -111,11 +91,8 @@ def judge_rows(
 ) -> tuple[Generation, ...]:
     """A judged row for each steered continuation, beside the baseline with its prompt, temperature and seed.
 
-    Args:
-        baselines: unsteered continuations, in any order; more than needed do no harm.
-
-    Raises:
-        ValueError: a continuation without a plan among the steered ones, or without its baseline.
+    The baselines come in any order, and more than needed do no harm. ValueError for a continuation that is not
+    steered, or has no baseline.
     """
     of_request = {_decoding(baseline.request): baseline for baseline in baselines}
     rows = []
@@ -125,10 +102,8 @@ def judge_rows(
             raise ValueError(f"the continuation of {request.prompt!r} is not steered, so there is nothing to compare")
         baseline = of_request.get(replace(_decoding(request), plan=None))
         if baseline is None:
-            raise ValueError(
-                f"no unsteered continuation of {request.prompt!r} at temperature {request.temperature:g} "
-                f"with seed {request.seed}"
-            )
+            how = f"at temperature {request.temperature:g} with seed {request.seed}"
+            raise ValueError(f"no unsteered continuation of {request.prompt!r} {how}")
         row = Generation(
             prompt=request.prompt,
             emotion=emotion,
@@ -158,7 +133,7 @@ def complete(
     requests: Sequence[Request],
     *,
     max_new_tokens: int = 20,
-    batch_rows: int = BATCH_ROWS,
+    batch_rows: int = 64,
     progress: bool = True,
     use_cache: bool = True,
 ) -> tuple[Continuation, ...]:
@@ -167,9 +142,8 @@ def complete(
     Requests with different prompts, plans, temperatures and seeds share batches; a row's text depends on its own
     request alone (up to the rounding of a batched matrix product). There is no repetition penalty, and a row has
     `max_new_tokens` tokens unless the model ends the text before. Requests that must give the same text are
-    generated once. A batch that does not fit the device's memory is halved.
-
-    A HookedTransformer is run without a KV cache: TransformerLens 3.9 computes wrong learned positions with one.
+    generated once. A batch that does not fit the device's memory is halved. A HookedTransformer is run without a
+    KV cache, because TransformerLens 3.9 computes wrong learned positions with one.
 
     Raises:
         ValueError: no requests, a plan that does not fit the SAE, an SAE that does not fit the model, a prompt that
@@ -180,9 +154,8 @@ def complete(
     if max_new_tokens < 1 or batch_rows < 1:
         raise ValueError(f"max_new_tokens ({max_new_tokens}) and batch_rows ({batch_rows}) must be at least 1")
     checked_hook(model, sae)
-    for plan in {request.plan for request in requests}:
-        if plan is not None:
-            check_plan(plan, sae)
+    for plan in {request.plan for request in requests if request.plan}:
+        check_plan(plan, sae)
     prompts = {request.prompt: _prompt_tokens(model, sae, request.prompt, max_new_tokens) for request in requests}
     distinct = dict.fromkeys(_decoding(request) for request in requests)
     ordered = sorted(distinct, key=lambda request: len(prompts[request.prompt]))
@@ -190,10 +163,9 @@ def complete(
     with tqdm(total=len(ordered) * max_new_tokens, unit="token", desc="generating", disable=not progress) as bar:
 
         def run(batch: Sequence[Request]) -> list[tuple[int, ...]]:
-            plans, tokens = [one.plan for one in batch], [prompts[one.prompt] for one in batch]
-            with torch.inference_mode():
-                forward = _forward(model, sae, plans, tokens, use_cache)
-                written = _write(forward, batch, max_new_tokens, ends, model_device(model))
+            tokens = [prompts[request.prompt] for request in batch]
+            with torch.inference_mode(), _stepping(model, sae, batch, tokens, use_cache) as forward:
+                written = _write(forward, batch, max_new_tokens, ends)
             bar.update(len(batch) * max_new_tokens)
             return written
 
@@ -212,11 +184,8 @@ def continuation_nll(
 ) -> list[float]:
     """The mean negative log-likelihood, in nats a token, of each pair's continuation given its prompt (both token ids).
 
-    The prompt's own tokens do not count. Call it outside any steering context. Logits exist for one batch of
-    continuation positions at a time (256 MiB).
-
-    Raises:
-        ValueError: an empty prompt or continuation.
+    Call it outside any steering context. Logits exist for one batch of continuation positions at a time (256 MiB).
+    ValueError for an empty prompt or continuation.
     """
     step = max(1, LOGIT_ENTRIES // int(model.cfg.d_vocab))
     pieces = []
@@ -225,24 +194,41 @@ def continuation_nll(
             raise ValueError(f"pair {index} has an empty {'continuation' if prompt else 'prompt'}")
         for start in range(0, len(continuation), step):
             context = (*prompt, *continuation[:start])
-            pieces.append((index, context, tuple(continuation[start : start + step])))
-    if not pieces:
-        return []
-    pieces.sort(key=lambda piece: (len(piece[2]), len(piece[1])))
-    kept = max(len(target) if _keeps_logits(model) else len(context) + len(target) for _, context, target in pieces)
-    with tqdm(total=len(pieces), unit="text", desc="measuring likelihoods", disable=not progress) as bar:
-
-        def run(batch: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]) -> list[float]:
-            with torch.inference_mode():
-                sums = _nll_sums(model, [piece[1] for piece in batch], [piece[2] for piece in batch])
-            bar.update(len(batch))
-            return sums
-
-        sums = _backing_off(run, pieces, max(1, step // kept))
+            pieces.append(_Piece(index, context, tuple(continuation[start : start + step])))
     totals = [0.0] * len(pairs)
-    for (index, _, _), total in zip(pieces, sums, strict=True):
-        totals[index] += total
+    pieces.sort(key=lambda piece: (len(piece.context), len(piece.target)))
+    with torch.inference_mode(), tqdm(total=len(pieces), desc="likelihoods", disable=not progress) as bar:
+        for length, group in itertools.groupby(pieces, key=lambda piece: len(piece.context)):
+            alike = list(group)
+            longest = len(alike[-1].target) if _keeps_logits(model) else length + len(alike[-1].target)
+            sums = _backing_off(lambda batch: _nll_sums(model, batch), alike, max(1, step // longest))
+            for piece, total in zip(alike, sums, strict=True):
+                totals[piece.pair] += total
+            bar.update(len(alike))
     return [total / len(pair[1]) for total, pair in zip(totals, pairs, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some of a continuation's tokens with all that stands before them."""
+
+    pair: int
+    context: tuple[int, ...]
+    target: tuple[int, ...]
+
+
+def _nll_sums(model: HookedModel, pieces: Sequence[_Piece]) -> list[float]:
+    """The summed negative log-likelihood of each target; all contexts have one length."""
+    # The last token predicts nothing that is asked for.
+    tokens, _ = _padded([piece.context + piece.target[:-1] for piece in pieces], "right")
+    n = tokens.shape[1] - len(pieces[0].context) + 1
+    keep = {"logits_to_keep": n, "use_cache": False} if _keeps_logits(model) else {}
+    logits = model(tokens.to(model_device(model)), **keep)[:, -n:]
+    sums = []
+    for row, piece in zip(logits, pieces, strict=True):
+        target = torch.tensor(piece.target, device=row.device)
+        sums.append(float(torch.nn.functional.cross_entropy(row[: len(target)].float(), target, reduction="sum")))
+    return sums
 
 
 def _decoding(request: Request) -> Request:
@@ -251,17 +237,14 @@ def _decoding(request: Request) -> Request:
 
 
 def _prompt_tokens(model: HookedModel, sae: Any, prompt: str, max_new_tokens: int) -> tuple[int, ...]:
-    tokenizer = model.tokenizer
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(f"the prompt {prompt!r} has no tokens")
     bos = _bos(model, sae)
     room = int(model.cfg.n_ctx) - max_new_tokens - len(bos)
     if len(ids) > room:
-        raise ValueError(
-            f"the prompt {prompt[:40]!r}... has {len(ids)} tokens; {room} fit the model's context of "
-            f"{model.cfg.n_ctx} with {max_new_tokens} new ones"
-        )
+        limit = f"{room} fit the model's context of {model.cfg.n_ctx} with {max_new_tokens} new ones"
+        raise ValueError(f"the prompt {prompt[:40]!r}... has {len(ids)} tokens; {limit}")
     return (*bos, *ids)
 
 
@@ -273,8 +256,7 @@ def _bos(model: HookedModel, sae: Any) -> list[int]:
 def _end_tokens(model: HookedModel) -> set[int]:
     config = getattr(getattr(model, "original_model", None), "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    return {int(token) for token in (*ends, model.tokenizer.eos_token_id) if token is not None}
+    return {*(ends if isinstance(ends, list) else [ends]), model.tokenizer.eos_token_id} - {None}
 
 
 def _text(model: HookedModel, prompt: Sequence[int], ids: Sequence[int]) -> str:
@@ -293,72 +275,69 @@ def _keeps_logits(model: HookedModel) -> bool:
     return {"logits_to_keep", "past_key_values", "attention_mask"} <= set(known)
 
 
-def _forward(
-    model: HookedModel,
-    sae: Any,
-    plans: Sequence[SteeringPlan | None],
-    prompts: Sequence[tuple[int, ...]],
-    use_cache: bool,
-) -> Forward:
-    """A function from the tokens written so far to the logits of each row's next token."""
+@contextmanager
+def _stepping(
+    model: HookedModel, sae: Any, batch: Sequence[Request], prompts: Sequence[tuple[int, ...]], use_cache: bool
+) -> Iterator[Forward]:
+    """A function from the tokens written so far to the logits of each row's next token, in its steering context."""
     device, n_bos = model_device(model), len(_bos(model, sae))
-    rows = torch.arange(len(prompts), device=device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    rows, plans = torch.arange(len(batch)), [request.plan for request in batch]
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    keeps_logits = _keeps_logits(model)
 
     def recomputed(written: Int[Tensor, "row step"]) -> Float[Tensor, "row vocab"]:
         grown = [(*prompt, *new) for prompt, new in zip(prompts, written.tolist(), strict=True)]
-        tokens, real = _padded(grown, "right")
-        real[:, :n_bos] = False
-        with row_steering(model, sae, plans, real):
-            return model(tokens.to(device))[rows, lengths + written.shape[1] - 1]
+        tokens, steered = _padded(grown, "right")
+        steered[:, :n_bos] = False
+        last = lengths + written.shape[1] - 1
+        kept, place = last.unique(return_inverse=True) if keeps_logits else (None, last)
+        keep = {} if kept is None else {"logits_to_keep": kept.to(device), "use_cache": False}
+        with row_steering(model, sae, plans, steered):
+            return model(tokens.to(device), **keep)[rows.to(device), place.to(device)]
 
-    if not _keeps_logits(model):
-        return recomputed
-    tokens, real = (tensor.to(device) for tensor in _padded(prompts, "left"))
+    if not (use_cache and keeps_logits):
+        yield recomputed
+        return
+    tokens, real = _padded(prompts, "left")
     steered = real.clone()
     if n_bos:
         steered[rows, tokens.shape[1] - lengths] = False
     cache: Any = None
 
-    def left_padded(written: Int[Tensor, "row step"]) -> Float[Tensor, "row vocab"]:
+    def cached(written: Int[Tensor, "row step"]) -> Float[Tensor, "row vocab"]:
         nonlocal cache
-        new = torch.ones_like(written, dtype=torch.bool)
-        step = {"use_cache": False} if not use_cache else {"use_cache": True, "past_key_values": cache}
-        last_only = cache is not None
-        with row_steering(model, sae, plans, None if last_only else torch.cat([steered, new], 1)):
-            logits, cache_now = model(
-                written[:, -1:] if last_only else torch.cat([tokens, written], 1),
-                return_type="logits_and_cache",
-                # The bridge derives the positions from the mask.
-                attention_mask=torch.cat([real, new], 1).long(),
-                logits_to_keep=1,
-                **step,
-            )
-        cache = cache_now if use_cache else None
+        logits, cache = model(
+            (tokens if cache is None else written[:, -1:]).to(device),
+            return_type="logits_and_cache",
+            # The bridge derives the positions from the mask.
+            attention_mask=torch.cat([real, torch.ones_like(written, dtype=torch.bool)], 1).long().to(device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         return logits[:, -1]
 
-    return left_padded
+    with row_steering(model, sae, plans, steered):
+        yield cached
 
 
-def _write(
-    forward: Forward, batch: Sequence[Request], max_new_tokens: int, ends: set[int], device: torch.device
-) -> list[tuple[int, ...]]:
+def _write(forward: Forward, batch: Sequence[Request], max_new_tokens: int, ends: set[int]) -> list[tuple[int, ...]]:
+    """The new tokens of each row, up to its end."""
     temperatures = torch.tensor([request.temperature for request in batch])
-    draws = torch.stack([_draws(request.seed, max_new_tokens) for request in batch])
+    # A row draws its own random numbers: the same whatever else is in the batch, and however long the text becomes.
+    generators = [torch.Generator().manual_seed(request.seed) for request in batch]
+    draws = torch.stack([torch.rand(max_new_tokens, generator=one, dtype=torch.float64) for one in generators])
     written = torch.zeros(len(batch), 0, dtype=torch.int64)
     ended = torch.zeros(len(batch), dtype=torch.bool)
     while written.shape[1] < max_new_tokens and not ended.all():
-        logits = forward(written.to(device))
-        _check_logits(logits, batch)
-        chosen = _choose(logits, temperatures, draws[:, written.shape[1]])
-        written = torch.cat([written, chosen[:, None].cpu()], 1)
-        ended |= torch.isin(written[:, -1], torch.tensor(sorted(ends), dtype=torch.int64))
-    return [_until_end(row, ends) for row in written.tolist()]
-
-
-def _draws(seed: int, n: int) -> Float[Tensor, " step"]:
-    """A row's own random numbers: the same whatever else is in the batch, and a prefix of those of a longer text."""
-    return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        logits = forward(written)
+        if broken := (~logits.amax(dim=-1).isfinite()).nonzero().tolist():
+            request = batch[broken[0][0]]
+            raise ValueError(f"the logits after {request.prompt!r} are not finite; steered by {request.plan}")
+        chosen = _choose(logits, temperatures, draws[:, written.shape[1]]).cpu()
+        written = torch.cat([written, chosen[:, None]], 1)
+        ended |= torch.isin(chosen, torch.tensor(sorted(ends), dtype=torch.int64))
+    return [tuple(itertools.takewhile(lambda token: token not in ends, row)) for row in written.tolist()]
 
 
 def _choose(
@@ -366,42 +345,29 @@ def _choose(
 ) -> Int[Tensor, " row"]:
     """Each row's next token: the likeliest at temperature 0, otherwise the one in which the draw falls.
 
-    The cumulative distribution is searched in two steps, blocks and tokens within a block: a sum over a quarter of a
-    million tokens in float32 would be inexact, and one in float64 slow.
+    The cumulative distribution is searched in two steps, blocks and tokens within a block: a running sum over a
+    quarter of a million tokens is inexact in float32 and slow in float64.
     """
     chosen = logits.argmax(dim=-1)
     sampled = temperatures.nonzero()[:, 0].to(logits.device)
-    if len(sampled) == 0:
-        return chosen
-    heat = temperatures.to(logits.device, torch.float32)[sampled, None]
-    probabilities = torch.softmax(logits[sampled].float() / heat, dim=-1)
-    width = math.isqrt(logits.shape[-1]) + 1
-    blocks = torch.nn.functional.pad(probabilities, (0, width * width - logits.shape[-1]))
+    heat = temperatures.to(logits)[sampled, None]
+    scaled = (logits[sampled] - logits[sampled].amax(dim=-1, keepdim=True)) / heat
+    width = math.isqrt(logits.shape[-1] - 1) + 1
+    blocks = torch.nn.functional.pad(torch.softmax(scaled.float(), dim=-1), (0, width**2 - logits.shape[-1]))
     blocks = blocks.view(len(sampled), width, width)
-    sums = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    target = draws.to(logits.device)[sampled, None] * sums[:, -1:]
-    block = torch.searchsorted(sums, target, right=True).clamp(max=width - 1)
-    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
-    within = blocks[torch.arange(len(sampled), device=logits.device), block[:, 0]].double().cumsum(dim=-1)
-    # The draw stays below the block's own sum, so that a rounding error cannot choose a token of no probability.
-    inside = torch.minimum(target - before, torch.nextafter(within[:, -1:], torch.zeros_like(before)))
-    token = torch.searchsorted(within, inside, right=True).clamp(max=width - 1)
-    chosen[sampled] = (block * width + token)[:, 0]
+    bounds = blocks.sum(dim=-1).double().cumsum(dim=-1)
+    draw = draws.to(logits.device)[sampled, None] * bounds[:, -1:]
+    block = _first_above(bounds, draw)
+    draw = draw - torch.where(block > 0, bounds.gather(1, (block - 1).clamp(min=0)), 0.0)
+    within = blocks.take_along_dim(block[..., None], dim=1)[:, 0].double().cumsum(dim=-1)
+    chosen[sampled] = (block * width + _first_above(within, draw))[:, 0]
     return chosen
 
 
-def _check_logits(logits: Float[Tensor, "row vocab"], batch: Sequence[Request]) -> None:
-    broken = (~torch.isfinite(logits.amax(dim=-1))).nonzero()[:, 0].tolist()
-    if broken:
-        request = batch[broken[0]]
-        raise ValueError(
-            f"the model's logits are no finite numbers after {request.prompt!r}"
-            + (f" steered by {request.plan}" if request.plan else "")
-        )
-
-
-def _until_end(tokens: Sequence[int], ends: set[int]) -> tuple[int, ...]:
-    return tuple(tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))])
+def _first_above(sums: Float[Tensor, "row n"], draw: Float[Tensor, "row 1"]) -> Int[Tensor, "row 1"]:
+    """Where the running sum first exceeds the draw; a draw at the total, by a rounding error, counts as below it."""
+    below = torch.nextafter(sums[:, -1:], torch.zeros_like(draw))
+    return torch.searchsorted(sums, torch.minimum(draw, below), right=True)
 
 
 def _padded(
@@ -416,37 +382,6 @@ def _padded(
         tokens[index, where] = torch.tensor(row, dtype=torch.int64)
         real[index, where] = True
     return tokens, real
-
-
-def _nll_sums(
-    model: HookedModel, contexts: Sequence[tuple[int, ...]], targets: Sequence[tuple[int, ...]]
-) -> list[float]:
-    """The summed negative log-likelihood of each target after its context."""
-    device = model_device(model)
-    if _keeps_logits(model):
-        # Contexts are padded on the left and targets on the right: all targets begin in one column.
-        before, real = _padded(contexts, "left")
-        after, _ = _padded([target[:-1] for target in targets], "right")
-        mask = torch.cat([real, torch.ones_like(after, dtype=torch.bool)], 1).long()
-        logits = model(
-            torch.cat([before, after], 1).to(device),
-            attention_mask=mask.to(device),
-            logits_to_keep=after.shape[1] + 1,
-            use_cache=False,
-        )
-        starts = [0] * len(contexts)
-    else:
-        tokens, _ = _padded([context + target for context, target in zip(contexts, targets, strict=True)], "right")
-        logits = model(tokens.to(device))
-        starts = [len(context) - 1 for context in contexts]
-    return [
-        float(
-            torch.nn.functional.cross_entropy(
-                row[start : start + len(target)].float(), torch.tensor(target, device=row.device), reduction="sum"
-            )
-        )
-        for row, start, target in zip(logits, starts, targets, strict=True)
-    ]
 
 
 def _backing_off(run: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item], size: int) -> list[Result]:

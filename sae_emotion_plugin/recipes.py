@@ -103,7 +103,7 @@ class TrainingRecipe:
             raise FileNotFoundError(f"no such recipe: {path}")
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no readable YAML: {str(error).splitlines()[0]}") from error
         recipe = _checked_keys(cls, data, str(path))
         if not isinstance(recipe["texts"], list):

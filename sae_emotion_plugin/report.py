@@ -68,6 +68,11 @@ META_LABELS = {
     "l0": "L0, active features per token",
     "dead": "Dead features",
     "d_sae": "Features in all",
+    "n_documents": "Held-out documents",
+    "n_tokens": "Held-out tokens",
+    "mean_norm": "Mean activation norm",
+    "largest_dimension": "Index of the largest dimension",
+    "largest_dimension_share": "Its share of the variance",
 }
 FVU_KEYS = ("fvu", "fvu_without_largest_dimension", "fvu_mean_over_dimensions")
 CROSS_ENTROPY_KEYS = ("cross_entropy", "cross_entropy_spliced", "cross_entropy_mean_ablated")

@@ -52,14 +52,16 @@ def highlighted_texts(
 ) -> list[HighlightedText]:
     """For each emotion the held-out texts, of any class, on which its best feature fires most.
 
-    Texts of every class compete: a feature that fires on the wrong texts is seen to do so.
+    Texts of every class compete: a feature that fires on the wrong texts is seen to do so. Where it is silent there is
+    nothing to highlight.
     """
     pooled = codes.pooled("max").tocsc()
     shown = []
     for emotion in scores.emotions:
         feature = scores.top(emotion, 1)[0].feature
         values = pooled[:, feature].toarray()[:, 0]
-        for index in np.argsort(-values, kind="stable")[:each].tolist():
+        order = np.argsort(-values, kind="stable")[: min(each, np.count_nonzero(values))]
+        for index in order.tolist():
             tokens, activations = codes.of_text(index, feature)
             words = [decode_token(model, int(token)) for token in tokens]
             shown.append(HighlightedText(emotion, feature, texts.ids[index], words, activations.tolist()))
@@ -98,7 +100,9 @@ def findings_of(
     for emotion, sign in signs.items():
         expected: Literal["rise", "fall"] = "rise" if sign > 0 else "fall"
         amount = generations.meta["recommended"].get(emotion)
-        rows = [row for row in generations.rows if row.emotion == emotion and row.part == "report"]
+        rows = [
+            row for row in generations.rows if row.emotion == emotion and row.part == "report" and row.amount == amount
+        ]
         if not rows:
             found.append(Finding(emotion, amount, None, None, None, None, None, None, expected, 0))
         for kind, prompts in kinds.items():

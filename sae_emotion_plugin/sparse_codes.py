@@ -91,7 +91,7 @@ class SparseCodes:
     def select_texts(self, indices: Sequence[int] | Int[np.ndarray, " chosen"]) -> "SparseCodes":
         """The codes of some texts, renumbered in the order given."""
         chosen = np.asarray(indices, dtype=np.int64)
-        if len(chosen) and not (0 <= chosen.min() and chosen.max() < self.n_texts):
+        if len(chosen) and not (chosen.min() >= 0 and chosen.max() < self.n_texts):
             raise ValueError(f"texts {chosen.min()} to {chosen.max()} were asked for (valid: 0 to {self.n_texts - 1})")
         starts = np.searchsorted(self.text_index, np.arange(self.n_texts + 1))
         counts = (starts[1:] - starts[:-1])[chosen]
@@ -151,18 +151,23 @@ class SparseCodes:
 
     @classmethod
     def load(cls, path: str | Path) -> "SparseCodes":
-        """The codes written by `save`."""
-        with Path(path).open(encoding="utf-8") as file:
-            header = json.loads(next(file))
-            rows = [json.loads(line) for line in file]
-        return cls(
-            values=np.array([value for row in rows for value in row["values"]], dtype=np.float32),
-            features=np.array([feature for row in rows for feature in row["features"]], dtype=np.int32),
-            row_starts=np.r_[0, np.cumsum([len(row["features"]) for row in rows])].astype(np.int64),
-            text_index=np.array([row["text"] for row in rows], dtype=np.int32),
-            token_ids=np.array([row["token_id"] for row in rows], dtype=np.int32),
-            **header,
-        )
+        """The codes written by `save`. ValueError for a file that holds something else."""
+        try:
+            with Path(path).open(encoding="utf-8") as file:
+                header = json.loads(file.readline())
+                rows = [json.loads(line) for line in file]
+            return cls(
+                values=np.array([value for row in rows for value in row["values"]], dtype=np.float32),
+                features=np.array([feature for row in rows for feature in row["features"]], dtype=np.int32),
+                row_starts=np.r_[0, np.cumsum([len(row["features"]) for row in rows])].astype(np.int64),
+                text_index=np.array([row["text"] for row in rows], dtype=np.int32),
+                token_ids=np.array([row["token_id"] for row in rows], dtype=np.int32),
+                n_texts=header["n_texts"],
+                d_sae=header["d_sae"],
+                hook_name=header["hook_name"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} holds no codes: {error!r}") from error
 
     def __repr__(self) -> str:
         l0 = len(self.values) / max(self.n_tokens, 1)

@@ -114,7 +114,7 @@ class SteeringPlan:
         modes = {intervention.mode for intervention in self.interventions}
         return modes.pop() if len(modes) == 1 else "mixed"
 
-    def scaled(self, factor: float) -> "SteeringPlan":
+    def scaled(self, factor: float | int) -> "SteeringPlan":
         """The plan with every amount times `factor`."""
         scaled = tuple(replace(one, amount=one.amount * factor) for one in self.interventions)
         return replace(self, interventions=scaled)
@@ -193,7 +193,8 @@ def steering(
     Added directions are summed; clamped features are read off the activation as it was before any of them.
 
     Args:
-        mask: True where a position is steered, for every row and position of the calls made in this context.
+        mask: True where a position is steered, for every row and position of the calls made in this context; calls
+            with a single position are steered there, as above.
 
     Raises:
         ValueError: the plan names a feature that the SAE lacks or was made for another hook; the SAE does not fit.
@@ -203,7 +204,7 @@ def steering(
 
     def where(vectors: Float[Tensor, "row position d_in"]) -> Bool[Tensor, "row position"] | None:
         if mask is not None or not skip_first or vectors.shape[1] == 1:
-            return mask
+            return _at(mask, vectors)
         steered = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
         steered[:, 0] = False
         return steered
@@ -222,13 +223,13 @@ def row_steering(
     """A context in which row `i` of every batch is steered by `plans[i]`, or not at all where that is None.
 
     Args:
-        mask: True where a position is steered: not on BOS and padding. None steers every position, which is right
-            for the steps of a generation with a cache.
+        mask: True where a position is steered: not on BOS and padding. Calls with a single position, the steps of a
+            generation with a cache, are steered there whatever the mask; without a mask every position is steered.
 
     Raises:
         ValueError: as `steering`, save that the SAE's width is not checked; another number of rows than plans.
     """
-    with _hooked(model, sae, plans, lambda vectors: mask):
+    with _hooked(model, sae, plans, lambda vectors: _at(mask, vectors)):
         yield
 
 
@@ -262,8 +263,6 @@ def _hooked(model: HookedModel, sae: Any, plans: Sequence[SteeringPlan | None], 
             changed = changed + clamped.change(vectors.detach()).to(vectors)
         steered = where(vectors)
         if steered is not None:
-            if steered.shape != vectors.shape[:2]:
-                raise ValueError(f"the mask is {tuple(steered.shape)}, the activations {tuple(vectors.shape[:2])}")
             changed = torch.where(steered.to(vectors.device)[..., None], changed, vectors)
         return changed.view_as(tensor)
 
@@ -335,6 +334,17 @@ class _Clamps:
         target = torch.where(self.raw[:, None], self.amounts[:, None] * one_unit, self.amounts[:, None])
         missing = (target - codes * one_unit) * self.wanted[:, None]
         return torch.einsum("rpk,rkd->rpd", missing, self.directions.expand(rows, -1, -1))
+
+
+def _at(
+    mask: Bool[Tensor, "masked_row masked"] | None, vectors: Float[Tensor, "row position d_in"]
+) -> Bool[Tensor, "row position"] | None:
+    """The mask of a call: none for the steps of a generation with a cache, which see new tokens alone."""
+    if mask is None or vectors.shape[1] == 1 != mask.shape[1]:
+        return None
+    if mask.shape != vectors.shape[:2]:
+        raise ValueError(f"the mask is {tuple(mask.shape)}, the activations {tuple(vectors.shape[:2])}")
+    return mask
 
 
 def _norm(plan: SteeringPlan) -> float | None:

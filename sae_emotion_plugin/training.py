@@ -296,7 +296,7 @@ def _fit(
     # SAELens draws the first weights from torch's global generator, which is the user's afterwards as it was before.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        sae = TopKTrainingSAE(config)
+        sae = SparseStepTopKTrainingSAE(config)
     checkpoints = work / f"checkpoints-{_key(recipe.to_yaml(), store.key)}"
     steps = max(1, int(len(store) * recipe.epochs) // recipe.batch_size)
     if len(store) < recipe.batch_size:

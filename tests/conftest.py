@@ -60,7 +60,9 @@ def hooked_transformer(word_tokenizer: Any) -> Any:
         seed=0,
         device="cpu",
     )
-    model = transformer_lens.HookedTransformer(config, tokenizer=word_tokenizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # still the model of most SAE code, and ours to support
+        model = transformer_lens.HookedTransformer(config, tokenizer=word_tokenizer)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         # Random weights hardly tell positions and words apart; larger ones make mistakes with either visible.

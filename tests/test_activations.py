@@ -52,7 +52,7 @@ def one_at_a_time(
         if ids:
             with torch.inference_mode():
                 _, cache = model.run_with_cache(torch.tensor([[BOS] * bos + ids]))
-            vectors = cache[hook_name][0].flatten(start_dim=1)[int(bos) :]
+            vectors = cache[canonical_hook(model, hook_name)][0].flatten(start_dim=1)[int(bos) :]
             found |= {(index, n): (ids[n], vectors[n]) for n in range(len(ids))}
     return found
 

@@ -242,7 +242,7 @@ def test_a_frame_is_read_with_its_missing_values() -> None:
     with pytest.raises(ValueError, match="frame, row 6: the label None is not 0 or 1"):
         LabelledTexts.from_pandas(frame.assign(labels=[1, None, 0]), name="joy")
     with pytest.raises(ValueError, match="the frame has no rows"):
-        LabelledTexts.from_pandas(frame[:0])
+        LabelledTexts.from_pandas(frame.head(0))
     with pytest.raises(ValueError, match="the column 'text' more than once"):
         LabelledTexts.from_pandas(pandas.DataFrame([["a", "b", 1]], columns=["text", "text", "label"]))
 

@@ -31,10 +31,25 @@ ROW = Generation(
     degenerate=False,
     baseline_degenerate=False,
 )
-CONTRACT = (
-    "prompt emotion features mode amount unit temperature seed part baseline_text text baseline_valence valence "
-    "baseline_nll nll degenerate baseline_degenerate"
-).split()
+CONTRACT = [
+    "prompt",
+    "emotion",
+    "features",
+    "mode",
+    "amount",
+    "unit",
+    "temperature",
+    "seed",
+    "part",
+    "baseline_text",
+    "text",
+    "baseline_valence",
+    "valence",
+    "baseline_nll",
+    "nll",
+    "degenerate",
+    "baseline_degenerate",
+]
 
 
 def rows(n_prompts: int = 6, seeds: int = 3) -> list[Generation]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 from conftest import D_MODEL, VOCABULARY, WORDS
@@ -21,6 +22,8 @@ TOKENS = torch.tensor([[1, 4, 5, 6, 7, 8]])
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # The library reads the variable once, when it is imported.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("SAE_EMOTION_CACHE", str(tmp_path / "cache"))
 
 
@@ -142,9 +145,7 @@ def test_an_object_that_is_no_model_is_refused_by_type(thing: Any) -> None:
 
 
 def test_a_model_that_predicts_no_next_token_is_refused_by_type(word_tokenizer: Any) -> None:
-    config = BertConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16
-    )
+    config = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16)
     with pytest.raises(ValueError, match="cannot wrap a BertModel") as error:
         load_model(BertModel(config), tokenizer=word_tokenizer)
     assert_one_line(error)

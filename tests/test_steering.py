@@ -1,5 +1,6 @@
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from conftest import D_SAE, HOOK, JOY, JOY_TOKEN, make_sae
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jaxtyping import config
 from torch import Tensor
 
 from sae_emotion_plugin.activations import canonical_hook
@@ -25,6 +27,14 @@ def model(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(params=["planted_sae", "layer_norm_sae"])
 def sae(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def without_type_checks() -> Iterator[None]:
+    """What a user runs, who sees our own messages and not those of the checks in tests."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
 
 
 def activations(model: Any, tokens: Tensor = TOKENS) -> Tensor:
@@ -228,6 +238,7 @@ def test_an_added_change_is_linear_in_the_amount(planted_sae: Any, bridge: Any, 
     assert once[:, 1:].norm(dim=-1).max() == pytest.approx(abs(amount) * NORM, abs=1e-4)
 
 
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
@@ -242,6 +253,7 @@ def test_a_wrong_intervention_is_refused_by_name(wrong: dict[str, Any], named: s
         Intervention(**{"feature": 3, "amount": 1.0, "mode": "add", **wrong})
 
 
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
@@ -283,7 +295,7 @@ def test_a_dictionary_of_another_width_or_an_unknown_hook_is_refused(bridge: Any
     ):
         pass
     plan = plan_of(elsewhere, {1: 1.0})
-    with pytest.raises(ValueError, match="no hook 'blocks.9.hook_resid_post'"), steering(bridge, elsewhere, plan):
+    with pytest.raises(ValueError, match=r"no hook 'blocks\.9\.hook_resid_post'"), steering(bridge, elsewhere, plan):
         pass
 
 

@@ -1,0 +1,421 @@
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import D_MODEL, HOOK, WORDS
+from sae_lens import SAE
+from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import load_file
+
+from sae_emotion_plugin import registry, training
+from sae_emotion_plugin.activations import activation_batches
+from sae_emotion_plugin.evaluation import DictionaryReport, evaluate
+from sae_emotion_plugin.recipes import TextSource, TrainingRecipe
+from sae_emotion_plugin.training import ActivationStore, TrainedDictionary, register_dictionary, train
+
+RECIPE = TrainingRecipe(
+    name="tiny-emotion",
+    sae_id="layer-0",
+    model="tiny",
+    hook_name=HOOK,
+    texts=(
+        TextSource("single.jsonl", licence="CC0 1.0"),
+        TextSource("novels.jsonl", document="title", licence="public domain"),
+    ),
+    d_sae=64,
+    k=4,
+    epochs=3.0,
+    lr=0.01,
+    context_size=16,
+    held_out_share=0.1,
+    batch_size=64,
+    lr_warm_up_steps=2,
+    dead_token_window=512,
+)
+FILES = ["cfg.json", "provenance.json", "recipe.yaml", "report.json", "sae_weights.safetensors"]
+
+
+def sentence(rng: np.random.Generator) -> str:
+    return " ".join(rng.choice(WORDS[4:], size=rng.integers(2, 12)))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    rng = np.random.default_rng(0)
+    single = [{"text": sentence(rng)} for _ in range(80)]
+    novels = [{"text": sentence(rng), "title": f"novel {n % 8}"} for n in range(80)]
+    for name, rows in (("single.jsonl", single), ("novels.jsonl", novels)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "SHARD_TOKENS", 300)
+
+
+@pytest.fixture(autouse=True)
+def quiet_sae_lens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+
+
+def run(bridge: Any, root: Path, out: Path, recipe: TrainingRecipe = RECIPE, **options: Any) -> TrainedDictionary:
+    return train(recipe, bridge, root, out, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def trained(bridge: Any, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainedDictionary]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "SHARD_TOKENS", 300)
+        yield run(bridge, root, tmp_path_factory.mktemp("trained") / "tiny")
+
+
+def weights(trained: TrainedDictionary) -> dict[str, torch.Tensor]:
+    return load_file(trained.folder / "sae_weights.safetensors")
+
+
+def assert_equal_weights(ours: TrainedDictionary, theirs: TrainedDictionary) -> None:
+    first, second = weights(ours), weights(theirs)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_training_twice_with_one_seed_gives_equal_weights(
+    bridge: Any, root: Path, trained: TrainedDictionary, tmp_path: Path
+) -> None:
+    torch.manual_seed(99)
+    again = run(bridge, root, tmp_path / "again")
+    assert_equal_weights(again, trained)
+    assert again.report == trained.report
+    assert again.sha256 == trained.sha256
+
+
+def test_another_seed_gives_other_weights(bridge: Any, root: Path, trained: TrainedDictionary, tmp_path: Path) -> None:
+    other = run(bridge, root, tmp_path / "other", replace(RECIPE, seed=1))
+    assert not torch.allclose(weights(other)["W_enc"].float(), weights(trained)["W_enc"].float(), atol=1e-2)
+
+
+def test_training_leaves_torchs_global_generator_alone(bridge: Any, root: Path, tmp_path: Path) -> None:
+    state = torch.random.get_rng_state()
+    run(bridge, root, tmp_path / "tiny")
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_training_explains_more_than_an_untrained_dictionary(
+    bridge: Any, root: Path, trained: TrainedDictionary, tmp_path: Path
+) -> None:
+    brief = run(bridge, root, tmp_path / "brief", replace(RECIPE, epochs=0.1))
+    assert trained.report.fvu < 0.7 * brief.report.fvu
+    assert trained.report.l0 == pytest.approx(4, abs=0.5)
+
+
+def test_the_folder_holds_weights_recipe_report_and_provenance(root: Path, trained: TrainedDictionary) -> None:
+    assert sorted(path.name for path in trained.folder.iterdir()) == FILES
+    assert trained.sha256 == training.file_hashes(trained.folder) and sorted(trained.sha256) == FILES
+    assert TrainingRecipe.read(trained.folder / "recipe.yaml") == RECIPE
+    assert DictionaryReport.load(trained.folder / "report.json") == trained.report
+    provenance = json.loads((trained.folder / "provenance.json").read_text())
+    assert provenance["model"] == {"name": "unknown"} and provenance["seed"] == 0
+    single, novels = provenance["texts"]
+    assert single["path"] == "single.jsonl" and single["licence"] == "CC0 1.0"
+    assert single["sha256"] == training.file_hashes(root)["single.jsonl"]
+    assert (single["held_out_documents"], single["training_texts"]) == (8, 72)
+    assert (novels["held_out_documents"], novels["training_texts"]) == (1, 70)
+    assert provenance["held_out_documents"] == trained.report.n_documents == 18
+    assert provenance["versions"].keys() == {"sae-lens", "torch", "transformer-lens", "transformers"}
+    assert {path.stat().st_mode & 0o777 for path in trained.folder.iterdir()} == {0o644}
+
+
+def test_the_saved_weights_are_half_precision_with_unit_decoder_rows(trained: TrainedDictionary) -> None:
+    found = weights(trained)
+    assert {name: tensor.dtype for name, tensor in found.items()} == {
+        "W_enc": torch.float16,
+        "W_dec": torch.float16,
+        "b_enc": torch.float32,
+        "b_dec": torch.float32,
+    }
+    torch.testing.assert_close(found["W_dec"].float().norm(dim=-1), torch.ones(64), atol=1e-3, rtol=0)
+    assert found["W_dec"].shape == (64, D_MODEL)
+
+
+def test_plain_sae_lens_loads_the_folder_and_needs_to_know_nothing(
+    bridge: Any, root: Path, trained: TrainedDictionary
+) -> None:
+    sae = SAE.load_from_disk(trained.folder)
+    assert sae.dtype == torch.float32 and sae.cfg.normalize_activations == "none"
+    assert sae.cfg.metadata.hook_name == HOOK and sae.cfg.metadata.context_size == 16 and sae.cfg.metadata.prepend_bos
+    assert sae.cfg.metadata.model_from_pretrained_kwargs == {}
+    held_out = training._documents(RECIPE, bridge, root)[1]
+    assert evaluate(bridge, sae, held_out, progress=False) == trained.report
+
+
+def test_codes_and_reconstructions_equal_the_trainers_in_normalised_space(
+    bridge: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    fit = training._fit
+
+    def spy(*arguments: Any) -> Any:
+        seen["sae"], seen["mean"], seen["scale"], log = fit(*arguments)
+        return seen["sae"], seen["mean"], seen["scale"], log
+
+    monkeypatch.setattr(training, "_fit", spy)
+    folder = run(bridge, root, tmp_path / "tiny").folder
+    own, mean, scale, saved = seen["sae"].eval(), seen["mean"], seen["scale"], SAE.load_from_disk(folder)
+    texts = ["he is such a joy", "sad fear anger w1 w2 w3"]
+    (batch,) = activation_batches(bridge, texts, HOOK, progress=False)
+    normalised = (batch.vectors - mean) / scale
+    assert float(scale) != pytest.approx(1, abs=0.01) and float(mean.abs().max()) > 0.1
+    with torch.inference_mode():
+        codes, expected = saved.encode(batch.vectors), own.encode(normalised)
+        rebuilt, expected_rebuilt = saved.decode(codes), own.decode(expected)
+    # Rounding to float16 may swap features that tie for the last place.
+    same = (codes > 0) == (expected > 0)
+    assert same.float().mean() > 0.99
+    torch.testing.assert_close(codes[same] / scale, expected[same], atol=0.02, rtol=0.01)
+    agree = same.all(-1)
+    assert agree.float().mean() > 0.8
+    torch.testing.assert_close(((rebuilt - mean) / scale)[agree], expected_rebuilt[agree], atol=0.02, rtol=0.01)
+
+
+def test_no_document_is_on_both_sides(bridge: Any, root: Path, tmp_path: Path) -> None:
+    training_texts, held_out, _ = training._documents(RECIPE, bridge, root)
+    for name, column in (("single.jsonl", None), ("novels.jsonl", "title")):
+        rows = [json.loads(line) for line in (root / name).read_text().splitlines()]
+        documents: dict[str, set[str]] = {}
+        for number, row in enumerate(rows):
+            documents.setdefault(row[column] if column else str(number), set()).add(row["text"])
+        sides = [(bool(texts & set(training_texts)), bool(texts & set(held_out))) for texts in documents.values()]
+        assert (True, True) not in sides and (False, False) not in sides
+        assert sum(held for _, held in sides) == max(1, round(0.1 * len(documents)))
+    assert len(training_texts) + len(held_out) == 160
+
+
+def test_a_source_gives_the_tokens_asked_for_and_no_more_texts(bridge: Any, root: Path) -> None:
+    recipe = replace(RECIPE, texts=(TextSource("single.jsonl", tokens=50),))
+    texts, held_out, _ = training._documents(recipe, bridge, root)
+    lengths = [len(text.split()) for text in texts]
+    assert 50 <= sum(lengths) < 50 + 12 and len(held_out) == 8
+
+
+def test_a_source_with_one_document_cannot_keep_one_for_the_report(bridge: Any, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("he is joy")
+    with pytest.raises(ValueError, match=r"one\.txt has 1 documents, too few to keep one for the report"):
+        run(bridge, tmp_path, tmp_path / "out", replace(RECIPE, texts=(TextSource("one.txt"),)))
+
+
+def test_activations_come_back_whole_and_each_once_an_epoch(bridge: Any, root: Path, tmp_path: Path) -> None:
+    texts = training._documents(RECIPE, bridge, root)[0]
+    store = training._collect(RECIPE, bridge, texts, tmp_path, False)
+    assert len(store.shards) > 2
+    expected = torch.cat([b.vectors for b in activation_batches(bridge, texts, HOOK, context_size=16, progress=False)])
+    assert len(store) == len(expected) == sum(len(text.split()) for text in texts)
+    everything = store.rows(np.arange(len(store)))
+    torch.testing.assert_close(everything.sum(0), expected.sum(0), atol=1e-2, rtol=1e-3)
+    torch.testing.assert_close(everything.norm(dim=-1).sort()[0], expected.norm(dim=-1).sort()[0], atol=1e-4, rtol=1e-4)
+    wanted = np.array([700, 3, 299, 300])
+    assert torch.equal(store.rows(wanted), everything[np.sort(wanted)])
+
+
+def plain_store(folder: Path, n: int = 20) -> ActivationStore:
+    """Row i holds the number i."""
+    np.save(folder / "0.npy", np.arange(0, 8, dtype=np.float32)[:, None])
+    np.save(folder / "1.npy", np.arange(8, n, dtype=np.float32)[:, None])
+    return ActivationStore([folder / "0.npy", folder / "1.npy"], "key")
+
+
+def test_an_epoch_shows_each_token_once_in_an_order_of_the_seed(tmp_path: Path) -> None:
+    store = plain_store(tmp_path)
+
+    def epochs(seed: int, first_step: int = 0) -> list[list[float]]:
+        batches = store.batches(5, seed, first_step)
+        return [next(batches)[:, 0].tolist() for _ in range(8 - first_step)]
+
+    found = epochs(0)
+    for epoch in (found[:4], found[4:]):
+        assert sorted(sum(epoch, [])) == list(range(20))
+    assert found[:4] != found[4:] and found != epochs(1) and found == epochs(0)
+    for step in (3, 4, 6):
+        assert epochs(0, step) == found[step:]
+
+
+def test_a_text_longer_than_shards_is_collected_whole(bridge: Any, root: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    texts = [" ".join(rng.choice(WORDS[4:], size=700)), "he is joy", " ".join(rng.choice(WORDS[4:], size=650))]
+    store = training._collect(RECIPE, bridge, texts, tmp_path, False)
+    assert len(store) == 1353
+
+
+class Stop(Exception):
+    """Stands for whatever ends a run: Ctrl-C, a full disk, the power."""
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    step, done = SAETrainer.step, iter(range(steps))
+
+    def counted(self: Any, batch: torch.Tensor) -> Any:
+        if next(done, None) is None:
+            raise Stop
+        return step(self, batch)
+
+    monkeypatch.setattr(SAETrainer, "step", counted)
+
+
+@pytest.mark.parametrize("steps", [0, 7, 20])
+def test_a_run_interrupted_in_training_ends_with_the_weights_of_an_uninterrupted_one(
+    steps: int, bridge: Any, root: Path, trained: TrainedDictionary, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, steps)
+        run(bridge, root, tmp_path / "tiny")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.work"]
+
+    def collected_already(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the activations were collected before")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "activation_batches", collected_already)
+        resumed = run(bridge, root, tmp_path / "tiny")
+    assert_equal_weights(resumed, trained)
+    log = json.loads((resumed.folder / "provenance.json").read_text())["training"]
+    assert (log["resumed_at_step"] > 0) == (steps > 6)
+    assert log["resumed_at_step"] <= steps
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny", "tiny.work"]
+
+
+def test_a_run_interrupted_while_collecting_keeps_its_shards(
+    bridge: Any, root: Path, trained: TrainedDictionary, tmp_path: Path
+) -> None:
+    real, calls = training.activation_batches, []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise Stop
+        return real(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "activation_batches", counted)
+        with pytest.raises(Stop):
+            run(bridge, root, tmp_path / "tiny")
+        kept = sorted(path.name for path in (tmp_path / "tiny.work").rglob("*.npy"))
+        assert kept == ["00000.npy", "00001.npy"]
+        resumed = run(bridge, root, tmp_path / "tiny")
+    shards = len(list((tmp_path / "tiny.work").rglob("*.npy")))
+    assert len(calls) == 3 + shards - 2
+    assert_equal_weights(resumed, trained)
+
+
+def test_a_checkpoint_that_was_not_finished_is_not_used(
+    bridge: Any, root: Path, trained: TrainedDictionary, tmp_path: Path
+) -> None:
+    def half_written(path: Path | None) -> None:
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(training, "_mark_complete", half_written)
+        run(bridge, root, tmp_path / "tiny")
+    assert list((tmp_path / "tiny.work").rglob("trainer_state.pt"))
+    resumed = run(bridge, root, tmp_path / "tiny")
+    assert json.loads((resumed.folder / "provenance.json").read_text())["training"]["resumed_at_step"] == 0
+    assert_equal_weights(resumed, trained)
+
+
+def test_other_texts_are_not_trained_on_old_activations(
+    bridge: Any, root: Path, trained: TrainedDictionary, tmp_path: Path
+) -> None:
+    recipe = replace(RECIPE, texts=(TextSource("single.jsonl"),))
+    first = run(bridge, root, tmp_path / "first", recipe, work_dir=tmp_path / "work")
+    second = run(bridge, root, tmp_path / "second", work_dir=tmp_path / "work")
+    assert_equal_weights(second, trained)
+    assert not torch.equal(weights(first)["b_dec"], weights(second)["b_dec"])
+
+
+@pytest.mark.parametrize("where", ["evaluate", "_save_folded", "_write_json"])
+def test_a_failure_after_training_leaves_no_folder(
+    where: str, bridge: Any, root: Path, trained: TrainedDictionary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(training, where, fail)
+        run(bridge, root, tmp_path / "tiny")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.work"]
+    assert_equal_weights(run(bridge, root, tmp_path / "tiny"), trained)
+
+
+def test_a_folder_that_exists_is_refused_and_kept(bridge: Any, root: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"tiny exists already: choose a folder that does not"):
+        run(bridge, root, tmp_path / "tiny")
+    assert [path.name for path in tmp_path.rglob("*")] == ["tiny", "mine.txt"]
+
+
+def test_a_missing_text_file_leaves_nothing(bridge: Any, root: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no such text file: .*absent\.jsonl"):
+        run(bridge, root, tmp_path / "tiny", replace(RECIPE, texts=(TextSource("absent.jsonl"),)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hook_that_the_model_lacks_leaves_nothing(bridge: Any, root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no hook 'blocks.9.hook_resid_post' .valid: blocks.0"):
+        run(bridge, root, tmp_path / "tiny", replace(RECIPE, hook_name="blocks.9.hook_resid_post"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_texts_for_less_than_one_batch_are_refused_with_both_numbers(bridge: Any, root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\d+ tokens are fewer than one batch of 4096"):
+        run(bridge, root, tmp_path / "tiny", replace(RECIPE, batch_size=4096))
+    assert not (tmp_path / "tiny").exists()
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(registry, "packaged_folder", lambda: tmp_path / "packaged")
+    monkeypatch.setenv(registry.FOLDER_VARIABLE, str(tmp_path / "own"))
+    (tmp_path / "packaged").mkdir()
+    return tmp_path / "own"
+
+
+def test_a_registered_dictionary_is_found_and_loads_by_its_name(trained: TrainedDictionary, own: Path) -> None:
+    from sae_emotion_plugin.plugin import load_dictionary
+
+    entry = register_dictionary(trained, own)
+    found, record = registry.find("tiny-emotion")
+    assert found.saes == entry.saes and record.id == "layer-0"
+    assert record.l0 == trained.report.l0 and record.variance_explained == pytest.approx(1 - trained.report.fvu)
+    assert found.provenance.recipe == "layer-0/recipe.yaml" and found.provenance.report == "layer-0/report.json"
+    assert found.provenance.sha256 == {f"layer-0/{name}": digest for name, digest in trained.sha256.items()}
+    assert found.provenance.texts == "single.jsonl (CC0 1.0); novels.jsonl (public domain)"
+    assert sorted(path.name for path in (own / "tiny-emotion" / "layer-0").iterdir()) == FILES
+    assert sorted(path.name for path in own.iterdir()) == ["tiny-emotion", "tiny-emotion.yaml"]
+    loaded = load_dictionary("tiny-emotion/layer-0")
+    torch.testing.assert_close(loaded.W_dec.cpu(), weights(trained)["W_dec"].float())
+
+
+def test_a_release_that_is_registered_already_is_refused_and_kept(trained: TrainedDictionary, own: Path) -> None:
+    register_dictionary(trained, own)
+    before = {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}
+    again = replace(trained, recipe=replace(trained.recipe, sae_id="layer-1"))
+    for other in (trained, again):
+        with pytest.raises(ValueError, match="exists already: remove it or choose another name in the recipe"):
+            register_dictionary(other, own)
+    assert {path: path.read_bytes() for path in own.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("change", [{"name": "a/b"}, {"sae_id": "../elsewhere"}, {"name": ""}])
+def test_a_name_that_cannot_stand_in_a_registry_leaves_nothing(
+    change: dict[str, str], trained: TrainedDictionary, own: Path
+) -> None:
+    with pytest.raises(ValueError, match="valid: "):
+        register_dictionary(replace(trained, recipe=replace(trained.recipe, **change)), own)
+    assert not own.exists()
