@@ -156,6 +156,18 @@ def _spread(windows: list[TokenWindow], tokens: int) -> list[TokenWindow]:
     return windows[:: max(1, total // tokens)]
 
 
+def _equal_lengths(windows: list[TokenWindow], positions: int) -> list[list[TokenWindow]]:
+    """Batches of windows of one length, so that nothing is padded, of at most `positions` tokens (or one window)."""
+    batches: list[list[TokenWindow]] = []
+    for window in sorted(windows, key=lambda window: len(window.token_ids)):
+        length = len(window.token_ids)
+        if batches and len(batches[-1][0].token_ids) == length and (len(batches[-1]) + 1) * length <= positions:
+            batches[-1].append(window)
+        else:
+            batches.append([window])
+    return batches
+
+
 def _cross_entropies(
     model: HookedModel,
     sae: Any,
@@ -185,18 +197,15 @@ def _cross_entropies(
 
     variants = [None, reconstruct, ablate]
     sums, count = [0.0, 0.0, 0.0], 0
-    vocabulary = int(model.cfg.d_vocab)
+    positions = max(1, LOGIT_ENTRIES // int(model.cfg.d_vocab))
     with torch.inference_mode(), _flat_heads(sae):
-        for window in tqdm(windows, desc="cross-entropy", unit="window", disable=not progress):
-            rows = torch.tensor([window.token_ids], device=model_device(model))
-            for piece in rows.split(max(2, LOGIT_ENTRIES // vocabulary), dim=1):
-                if piece.shape[1] < 2:
-                    continue
-                count += piece.shape[1] - 1
-                for index, change in enumerate(variants):
-                    hooks = splice(change, window.bos) if change else []
-                    with model.hooks(fwd_hooks=hooks):
-                        sums[index] += float(token_losses(model, piece).double().sum())
+        for batch in tqdm(_equal_lengths(windows, positions), desc="cross-entropy", unit="batch", disable=not progress):
+            rows = torch.tensor([window.token_ids for window in batch], device=model_device(model))
+            count += rows.shape[0] * (rows.shape[1] - 1)
+            for index, change in enumerate(variants):
+                hooks = splice(change, batch[0].bos) if change else []
+                with model.hooks(fwd_hooks=hooks):
+                    sums[index] += float(token_losses(model, rows).double().sum())
     if not count:
         raise ValueError("no text has two tokens, so there is no cross-entropy to measure")
     return sums[0] / count, sums[1] / count, sums[2] / count

@@ -24,14 +24,19 @@ from sae_emotion_plugin.report_sections import (
     score_distributions,
 )
 from sae_emotion_plugin.sparse_codes import token_settings
-from sae_emotion_plugin.studies import Cell, recommend, run_cells, shared_amounts
+from sae_emotion_plugin.studies import Cell, recommend, run_cells, screen_features, shared_amounts
 
 logger = logging.getLogger(__name__)
 
 DEMO_PROMPT = "he is such a"
 SIGNS = {"anger": -1, "joy": 1, "sadness": -1}
 """The emotions steered towards, and where valence should go."""
+CANDIDATES = 12
+"""Best features of an emotion, by training AUROC, that are tried alone."""
+SCREENING_AMOUNT = 0.1
+SCREENING_OPENINGS = 10
 FEATURES_PER_EMOTION = 3
+"""Of the candidates, those that are steered together."""
 AMOUNTS = (0.06, 0.09, 0.12, 0.15)
 """Fractions of the mean residual norm, in total over an emotion's features."""
 TEMPERATURE = 0.7
@@ -102,9 +107,9 @@ def quickstart(
     scores.save(out_dir / "scores.json")
 
     norm = mean_norm(hooked, found.held_out.texts, sae.cfg.metadata.hook_name, **token_settings(sae))
-    features = {emotion: [row.feature for row in scores.top(emotion, FEATURES_PER_EMOTION)] for emotion in SIGNS}
+    candidates = {emotion: [row.feature for row in scores.top(emotion, CANDIDATES)] for emotion in SIGNS}
     say(f"steering towards {', '.join(SIGNS)} (amounts are fractions of the mean residual norm, {norm:.0f}) ...")
-    generations = _steer(hooked, sae, features, norm, meta, progress)
+    generations = _steer(hooked, sae, candidates, norm, meta, progress)
     generations.save(out_dir / "generations.json")
 
     findings = findings_of(generations, SIGNS, {"neutral": openings("neutral"), "unpleasant": openings("unpleasant")})
@@ -129,13 +134,26 @@ def quickstart(
 def _steer(
     model: Any,
     sae: Any,
-    features: dict[str, list[int]],
+    candidates: dict[str, list[int]],
     norm: float,
     meta: dict[str, Any],
     progress: bool,
 ) -> Generations:
-    """Choose each emotion's amount on half of the openings, then report it on the other half and on the demo prompt."""
+    """Choose each emotion's features and amount on half of the openings; report the other half and the demo prompt."""
     choose, report = _halves()
+    alone = [
+        Cell(
+            emotion,
+            tuple(plan for one in features for plan in shared_amounts(sae, [one], [SCREENING_AMOUNT], norm)),
+            choose[emotion][:SCREENING_OPENINGS],
+            "choose",
+            TEMPERATURE,
+        )
+        for emotion, features in candidates.items()
+    ]
+    features, screening = screen_features(
+        model, sae, alone, SIGNS, FEATURES_PER_EMOTION, max_new_tokens=NEW_TOKENS, progress=progress
+    )
     plans = {emotion: shared_amounts(sae, chosen, AMOUNTS, norm) for emotion, chosen in features.items()}
 
     def run(cells: list[Cell]) -> tuple[Generation, ...]:
@@ -165,6 +183,9 @@ def _steer(
         {
             **meta,
             "recommended": recommended,
+            "features": features,
+            "screening": [asdict(one) for one in screening],
+            "screening_amount": SCREENING_AMOUNT,
             "amounts": list(AMOUNTS),
             "amount_meaning": "fraction of the mean residual norm, shared equally among the features",
             "residual_norm": norm,

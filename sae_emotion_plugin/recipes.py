@@ -26,11 +26,8 @@ class TextSource:
     """Licence of the texts, repeated in the dictionary's provenance."""
 
     def __post_init__(self) -> None:
-        for name in ("path", "document", "licence"):
-            if not isinstance(getattr(self, name), str | None) or self.path is None:
-                raise ValueError(f"texts: {name} is {getattr(self, name)!r} (valid: text)")
-        if self.tokens is not None and (type(self.tokens) is not int or self.tokens < 1):
-            raise ValueError(f"texts: tokens is {self.tokens!r} of {self.path} (valid: a whole number from 1)")
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"texts: tokens is {self.tokens} of {self.path} (valid: a whole number from 1)")
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,6 @@ class TrainingRecipe:
     """Licence of the dictionary."""
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
         if self.architecture != "topk":
             raise ValueError(f"unknown architecture {self.architecture!r} (valid: topk)")
         if not 0 < self.k <= self.d_sae:
@@ -105,10 +101,10 @@ class TrainingRecipe:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no readable YAML: {str(error).splitlines()[0]}") from error
-        recipe = _checked_keys(cls, data, str(path))
+        recipe = _checked(cls, data, str(path))
         if not isinstance(recipe["texts"], list):
             raise ValueError(f"{path}: texts is {recipe['texts']!r} (valid: a list of files)")
-        texts = [_checked_keys(TextSource, source, f"{path}, texts") for source in recipe["texts"]]
+        texts = [_checked(TextSource, source, f"{path}, texts") for source in recipe["texts"]]
         try:
             sources = tuple(TextSource(**source) for source in texts)
             return cls(**{**recipe, "texts": sources})
@@ -164,21 +160,8 @@ def _texts(path: Path, document_column: str | None) -> Iterator[tuple[str, str]]
         raise ValueError(f"{path.name} is no readable UTF-8 text: {error}") from error
 
 
-def _check_numbers(recipe: TrainingRecipe) -> None:
-    """YAML reads `4e-4` as text and `k: 32.0` as a fraction; a list or null would fail far from its line."""
-    for item in fields(recipe):
-        value = getattr(recipe, item.name)
-        if item.type is int and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ValueError(f"{item.name} is {value!r} (valid: a whole number)")
-        if item.type is float:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"{item.name} is {value!r} (valid: a number, such as 0.001 or 1.0e-3)")
-            object.__setattr__(recipe, item.name, float(value))
-        if item.type is str and not isinstance(value, str):
-            raise ValueError(f"{item.name} is {value!r} (valid: text)")
-
-
-def _checked_keys(kind: type, data: Any, where: str) -> dict[str, Any]:
+def _checked(kind: type, data: Any, where: str) -> dict[str, Any]:
+    """The keys and values of `data`, which has those of the dataclass `kind`."""
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected keys and values, found {type(data).__name__}")
     valid = [item.name for item in fields(kind)]
@@ -188,7 +171,25 @@ def _checked_keys(kind: type, data: Any, where: str) -> dict[str, Any]:
     required = [item.name for item in fields(kind) if item.name not in data and _has_no_default(item)]
     if required:
         raise ValueError(f"{where}: missing key {required[0]!r}")
-    return data
+    types = {item.name: item.type for item in fields(kind)}
+    return {key: _checked_value(value, types[key], f"{where}: {key}") for key, value in data.items()}
+
+
+def _checked_value(value: Any, kind: Any, where: str) -> Any:
+    """The value, if it is of its field's kind: YAML reads `4e-4` as text and `k: 32.0` as a fraction."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float and number and math.isfinite(value):
+        return float(value)
+    valid = {
+        float: ("a number, such as 0.001 or 1.0e-3", False),
+        int: ("a whole number", number and isinstance(value, int)),
+        int | None: ("a whole number", value is None or (number and isinstance(value, int))),
+        str: ("text", isinstance(value, str)),
+        str | None: ("text", isinstance(value, str | None)),
+    }
+    if kind in valid and not valid[kind][1]:
+        raise ValueError(f"{where} is {value!r} (valid: {valid[kind][0]})")
+    return value
 
 
 def _has_no_default(item: Any) -> bool:

@@ -114,3 +114,56 @@ def shared_amounts(
         SteeringPlan.of({feature: amount / len(features) for feature in features}, sae, residual_norm=residual_norm)
         for amount in amounts
     )
+
+
+@dataclass(frozen=True)
+class ScreenedFeature:
+    """What one feature alone did on the choosing half."""
+
+    emotion: str
+    feature: int
+    valence_change: float
+    perplexity_ratio: float | None
+    degenerate_share: float
+
+
+def screen_features(
+    model: HookedModel,
+    sae: Any,
+    cells: Sequence[Cell],
+    signs: Mapping[str, int],
+    keep: int,
+    *,
+    bounds: DoseBounds | None = None,
+    max_new_tokens: int = 20,
+    progress: bool = True,
+) -> tuple[dict[str, list[int]], tuple[ScreenedFeature, ...]]:
+    """For each emotion the `keep` features that move valence most in its direction, each steered alone; and the table.
+
+    A feature that tells an emotion's texts from others need not make the model write them (Arad et al. 2025, arXiv
+    2505.20063), so features are also chosen by what they do. Plans over the bounds are passed over; when fewer than
+    `keep` are left, the first ones of the cell fill up.
+
+    Args:
+        cells: for each emotion one cell with a plan for each candidate feature, on openings of the choosing half.
+    """
+    bounds = bounds or DoseBounds()
+    rows = run_cells(model, sae, cells, max_new_tokens=max_new_tokens, progress=progress)
+    kept: dict[str, list[int]] = {}
+    table: list[ScreenedFeature] = []
+    for cell in cells:
+        found = []
+        for plan in cell.plans:
+            (feature,) = plan.features
+            effect = summary([row for row in rows if row.emotion == cell.emotion and row.features == plan.features])
+            table.append(
+                ScreenedFeature(
+                    cell.emotion, feature, effect.valence_change, effect.perplexity_ratio, effect.degenerate_share
+                )
+            )
+            if within(effect, bounds) and effect.valence_change * signs[cell.emotion] > 0:
+                found.append((effect.valence_change * signs[cell.emotion], feature))
+        best = [feature for _, feature in sorted(found, reverse=True)]
+        rest = [plan.features[0] for plan in cell.plans if plan.features[0] not in best]
+        kept[cell.emotion] = [*best, *rest][:keep]
+    return kept, tuple(table)

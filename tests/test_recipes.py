@@ -98,7 +98,7 @@ def test_an_unknown_key_is_named_with_the_valid_ones(tmp_path: Path) -> None:
         ({"texts": ["a.jsonl"]}, "texts: expected keys and values, found str"),
         ({"texts": [{"path": 3}]}, "texts: path is 3 .valid: text"),
         ({"texts": [{"path": "a", "tokens": 0}]}, "texts: tokens is 0 of a .valid: a whole number from 1"),
-        ({"texts": [{"path": "a", "tokens": "many"}]}, "texts: tokens is 'many' of a"),
+        ({"texts": [{"path": "a", "tokens": "many"}]}, "texts: tokens is 'many' .valid: a whole number"),
     ],
 )
 def test_a_bad_value_is_refused_by_key(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_each_row_stands_beside_the_baseline_of_its_own_prompt_and_decoding(
 def test_the_rows_of_many_cells_equal_continuations_made_alone(bridge: Any, planted_sae: Any) -> None:
     cells = cells_of(planted_sae)
     rows = run_cells(bridge, planted_sae, cells, max_new_tokens=4, progress=False)
-    plans = {plan.features + (plan.amount,): plan for cell in cells for plan in cell.plans}
+    plans = {(*plan.features, plan.amount): plan for cell in cells for plan in cell.plans}
     assert any(one.text != one.baseline_text for one in rows)
     for one in rows:
         request = Request(one.prompt, plans[(*one.features, one.amount)], one.temperature, one.seed)
