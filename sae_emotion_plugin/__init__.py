@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from sae_emotion_plugin.emotion_texts import LabelledTexts as LabelledTexts
     from sae_emotion_plugin.evaluation import evaluate as evaluate
     from sae_emotion_plugin.generation import generate as generate
+    from sae_emotion_plugin.interventions import SteeringPlan as SteeringPlan
+    from sae_emotion_plugin.interventions import steering as steering
     from sae_emotion_plugin.judges import Generations as Generations
     from sae_emotion_plugin.models import load_model as load_model
     from sae_emotion_plugin.openai_format import load_openai_checkpoint as load_openai_checkpoint
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
     from sae_emotion_plugin.recipes import TrainingRecipe as TrainingRecipe
     from sae_emotion_plugin.sparse_codes import SparseCodes as SparseCodes
     from sae_emotion_plugin.sparse_codes import encode_texts as encode_texts
-    from sae_emotion_plugin.interventions import SteeringPlan as SteeringPlan
-    from sae_emotion_plugin.interventions import steering as steering
     from sae_emotion_plugin.training import train as train
 
 _HOMES = {

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,30 +16,25 @@ from tqdm.auto import tqdm
 
 from sae_emotion_plugin.activations import HookedModel, model_device
 from sae_emotion_plugin.evidence import is_degenerate
+from sae_emotion_plugin.interventions import SteeringPlan, check_plan, row_steering
 from sae_emotion_plugin.judges import Generation, Generations, Part, valence
 from sae_emotion_plugin.models import model_identity
 from sae_emotion_plugin.sparse_codes import checked_hook, token_settings
-from sae_emotion_plugin.steering import SteeringPlan, check_plan, row_steering
 
 logger = logging.getLogger(__name__)
 
 Forward = Callable[[Int[Tensor, "row step"]], Float[Tensor, "row vocab"]]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-# Logits of one batch when likelihoods are measured: 256 MiB in float32.
-LOGIT_ENTRIES = 64 * 1024 * 1024
+LOGIT_ENTRIES = 64 * 1024 * 1024  # of one batch when likelihoods are measured: 256 MiB in float32
 SAMPLED_ENTRIES = 1024 * 1024
 
 
 @dataclass(frozen=True)
 class Request:
-    """One continuation to be made."""
+    """One continuation to be made: unsteered without a plan, greedy at temperature 0."""
 
     prompt: str
     plan: SteeringPlan | None = None
-    """None: unsteered."""
     temperature: float | int = 0.0
-    """0: greedy."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -137,14 +132,15 @@ def complete(
     batch_rows: int = 64,
     progress: bool = True,
     use_cache: bool = True,
+    with_nll: bool = True,
 ) -> tuple[Continuation, ...]:
     """The continuation of every request, in their order.
 
     Requests with different prompts, plans, temperatures and seeds share batches; a row's text depends on its own
     request alone (up to the rounding of a batched matrix product). There is no repetition penalty, and a row has
     `max_new_tokens` tokens unless the model ends the text before. Requests that must give the same text are
-    generated once. A batch that does not fit the device's memory is halved. A HookedTransformer is run without a
-    KV cache, because TransformerLens 3.9 computes wrong learned positions with one.
+    generated once. A batch too large for the device is halved. A HookedTransformer runs without a KV cache, with which
+    TransformerLens 3.9 computes wrong learned positions. Likelihoods, `with_nll`, take as long as the texts.
 
     Raises:
         ValueError: no requests, a plan that does not fit the SAE, an SAE that does not fit the model, a prompt that
@@ -158,20 +154,18 @@ def complete(
     for plan in {request.plan for request in requests if request.plan}:
         check_plan(plan, sae)
     prompts = {request.prompt: _prompt_tokens(model, sae, request.prompt, max_new_tokens) for request in requests}
-    distinct = dict.fromkeys(_decoding(request) for request in requests)
-    ordered = sorted(distinct, key=lambda request: len(prompts[request.prompt]))
-    ends = _end_tokens(model)
+    ordered = sorted(dict.fromkeys(map(_decoding, requests)), key=lambda request: len(prompts[request.prompt]))
     with tqdm(total=len(ordered) * max_new_tokens, unit="token", desc="generating", disable=not progress) as bar:
 
         def run(batch: Sequence[Request]) -> list[tuple[int, ...]]:
             tokens = [prompts[request.prompt] for request in batch]
             with torch.inference_mode(), _stepping(model, sae, batch, tokens, use_cache) as forward:
-                written = _write(forward, batch, max_new_tokens, ends)
+                written = _write(forward, batch, max_new_tokens, _end_tokens(model))
             bar.update(len(batch) * max_new_tokens)
             return written
 
         written = dict(zip(ordered, _backing_off(run, ordered, batch_rows), strict=True))
-    pairs = dict.fromkeys((prompts[request.prompt], ids) for request, ids in written.items() if ids)
+    pairs = dict.fromkeys((prompts[request.prompt], ids) for request, ids in written.items() if ids and with_nll)
     likelihoods = dict(zip(pairs, continuation_nll(model, list(pairs), progress=progress), strict=True))
     continuations = {
         request: (_text(model, prompts[request.prompt], ids), ids, likelihoods.get((prompts[request.prompt], ids)))
@@ -261,12 +255,11 @@ def _end_tokens(model: HookedModel) -> set[int]:
 
 
 def _text(model: HookedModel, prompt: Sequence[int], ids: Sequence[int]) -> str:
-    def decode(tokens: Sequence[int]) -> str:
-        return model.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
     # Decoded alone, a continuation loses its leading space with some tokenizers.
-    before, whole = decode(prompt), decode([*prompt, *ids])
-    return whole[len(before) :] if whole.startswith(before) else decode(ids)
+    before, whole, alone = model.tokenizer.batch_decode(
+        [prompt, (*prompt, *ids), ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return whole[len(before) :] if whole.startswith(before) else alone
 
 
 def _keeps_logits(model: HookedModel) -> bool:
@@ -308,7 +301,7 @@ def _stepping(
     def cached(written: Int[Tensor, "row step"]) -> Float[Tensor, "row vocab"]:
         nonlocal cache
         logits, cache = model(
-            (tokens if cache is None else written[:, -1:]).to(device),
+            (torch.cat([tokens, written], 1) if cache is None else written[:, -1:]).to(device),
             return_type="logits_and_cache",
             # The bridge derives the positions from the mask.
             attention_mask=torch.cat([real, torch.ones_like(written, dtype=torch.bool)], 1).long().to(device),
@@ -322,15 +315,15 @@ def _stepping(
         yield cached
 
 
-def _write(forward: Forward, batch: Sequence[Request], max_new_tokens: int, ends: set[int]) -> list[tuple[int, ...]]:
-    """The new tokens of each row, up to its end."""
+def _write(forward: Forward, batch: Sequence[Request], n: int, ends: set[int]) -> list[tuple[int, ...]]:
+    """The new tokens of each row: `n` of them, fewer where the text ends before."""
     temperatures = torch.tensor([request.temperature for request in batch])
     # A row draws its own random numbers: the same whatever else is in the batch, and however long the text becomes.
     generators = [torch.Generator().manual_seed(request.seed) for request in batch]
-    draws = torch.stack([torch.rand(max_new_tokens, generator=one, dtype=torch.float64) for one in generators])
+    draws = torch.stack([torch.rand(n, generator=one, dtype=torch.float64) for one in generators])
     written = torch.zeros(len(batch), 0, dtype=torch.int64)
     ended = torch.zeros(len(batch), dtype=torch.bool)
-    while written.shape[1] < max_new_tokens and not ended.all():
+    while written.shape[1] < n and not ended.all():
         logits = forward(written)
         if broken := (~logits.amax(dim=-1).isfinite()).nonzero().tolist():
             request = batch[broken[0][0]]
@@ -392,9 +385,9 @@ def _padded(
     return tokens, real
 
 
-def _backing_off(run: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item], size: int) -> list[Result]:
+def _backing_off(run: Callable[[Sequence[Any]], Sequence[Any]], items: Sequence[Any], size: int) -> list[Any]:
     """The results of all items, run in batches of `size`, which is halved whenever memory runs out."""
-    results: list[Result] = []
+    results: list[Any] = []
     while len(results) < len(items):
         batch = items[len(results) : len(results) + size]
         try:

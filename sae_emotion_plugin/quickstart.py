@@ -31,10 +31,9 @@ logger = logging.getLogger(__name__)
 DEMO_PROMPT = "he is such a"
 SIGNS = {"anger": -1, "joy": 1, "sadness": -1}
 """The emotions steered towards, and where valence should go."""
-CANDIDATES = 12
+CANDIDATES = 8
 """Best features of an emotion, by training AUROC, that are tried alone."""
 SCREENING_AMOUNT = 0.1
-SCREENING_OPENINGS = 10
 FEATURES_PER_EMOTION = 3
 """Of the candidates, those that are steered together."""
 AMOUNTS = (0.06, 0.09, 0.12, 0.15)
@@ -145,7 +144,7 @@ def _steer(
         Cell(
             emotion,
             tuple(plan for one in features for plan in shared_amounts(sae, [one], [SCREENING_AMOUNT], norm)),
-            choose[emotion][:SCREENING_OPENINGS],
+            choose,
             "choose",
             TEMPERATURE,
         )
@@ -159,13 +158,7 @@ def _steer(
     def run(cells: list[Cell]) -> tuple[Generation, ...]:
         return run_cells(model, sae, cells, max_new_tokens=NEW_TOKENS, progress=progress)
 
-    chosen_on = run(
-        [
-            Cell(emotion, plans[emotion], choose[emotion], "choose", temperature, seeds)
-            for emotion in SIGNS
-            for temperature, seeds in ((0.0, (0,)), (TEMPERATURE, CHOOSE_SEEDS))
-        ]
-    )
+    chosen_on = run([Cell(emotion, plans[emotion], choose, "choose", TEMPERATURE, CHOOSE_SEEDS) for emotion in SIGNS])
     recommended = recommend(chosen_on, SIGNS)
     best = {emotion: tuple(plan for plan in plans[emotion] if plan.amount == recommended[emotion]) for emotion in SIGNS}
     reported = run(
@@ -195,14 +188,11 @@ def _steer(
     )
 
 
-def _halves() -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
-    """The openings to choose on and to report on; emotions that lift valence get unpleasant ones as well."""
+def _halves() -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """The openings to choose on, and those to report on: unpleasant ones as well for what should lift valence."""
     neutral, unpleasant = openings("neutral"), openings("unpleasant")
-    choose, report = {}, {}
-    for emotion, sign in SIGNS.items():
-        choose[emotion] = neutral[::2] + (unpleasant[::2] if sign > 0 else ())
-        report[emotion] = neutral[1::2] + (unpleasant[1::2] if sign > 0 else ())
-    return choose, report
+    report = {emotion: neutral[1::2] + (unpleasant if sign > 0 else ()) for emotion, sign in SIGNS.items()}
+    return neutral[::2], report
 
 
 def _shown(value: float | None) -> str:

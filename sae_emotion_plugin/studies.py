@@ -11,8 +11,8 @@ from typing import Any
 
 from sae_emotion_plugin.activations import HookedModel
 from sae_emotion_plugin.generation import Request, complete, judge_rows
+from sae_emotion_plugin.interventions import SteeringPlan
 from sae_emotion_plugin.judges import Generation, Part, Summary, summary
-from sae_emotion_plugin.steering import SteeringPlan
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,13 @@ class Cell:
 
 
 def run_cells(
-    model: HookedModel, sae: Any, cells: Sequence[Cell], *, max_new_tokens: int = 20, progress: bool = True
+    model: HookedModel,
+    sae: Any,
+    cells: Sequence[Cell],
+    *,
+    max_new_tokens: int = 20,
+    with_nll: bool = True,
+    progress: bool = True,
 ) -> tuple[Generation, ...]:
     """A judged row for every continuation of every cell, with the unsteered one beside it; all share batches."""
     steered = [
@@ -55,6 +61,7 @@ def run_cells(
         sae,
         [*requests, *(replace(request, plan=None) for request in requests)],
         max_new_tokens=max_new_tokens,
+        with_nll=with_nll,
         progress=progress,
     )
     baselines = done[len(steered) :]
@@ -123,7 +130,6 @@ class ScreenedFeature:
     emotion: str
     feature: int
     valence_change: float
-    perplexity_ratio: float | None
     degenerate_share: float
 
 
@@ -134,36 +140,30 @@ def screen_features(
     signs: Mapping[str, int],
     keep: int,
     *,
-    bounds: DoseBounds | None = None,
     max_new_tokens: int = 20,
     progress: bool = True,
 ) -> tuple[dict[str, list[int]], tuple[ScreenedFeature, ...]]:
     """For each emotion the `keep` features that move valence most in its direction, each steered alone; and the table.
 
     A feature that tells an emotion's texts from others need not make the model write them (Arad et al. 2025, arXiv
-    2505.20063), so features are also chosen by what they do. Plans over the bounds are passed over; when fewer than
-    `keep` are left, the first ones of the cell fill up.
+    2505.20063), so features are also chosen by what they do. Cost is no criterion here: a feature shares its amount
+    with others later, and the dose is bounded then.
 
     Args:
         cells: for each emotion one cell with a plan for each candidate feature, on openings of the choosing half.
     """
-    bounds = bounds or DoseBounds()
-    rows = run_cells(model, sae, cells, max_new_tokens=max_new_tokens, progress=progress)
-    kept: dict[str, list[int]] = {}
+    rows = run_cells(model, sae, cells, max_new_tokens=max_new_tokens, with_nll=False, progress=progress)
     table: list[ScreenedFeature] = []
     for cell in cells:
-        found = []
         for plan in cell.plans:
             (feature,) = plan.features
-            effect = summary([row for row in rows if row.emotion == cell.emotion and row.features == plan.features])
-            table.append(
-                ScreenedFeature(
-                    cell.emotion, feature, effect.valence_change, effect.perplexity_ratio, effect.degenerate_share
-                )
-            )
-            if within(effect, bounds) and effect.valence_change * signs[cell.emotion] > 0:
-                found.append((effect.valence_change * signs[cell.emotion], feature))
-        best = [feature for _, feature in sorted(found, reverse=True)]
-        rest = [plan.features[0] for plan in cell.plans if plan.features[0] not in best]
-        kept[cell.emotion] = [*best, *rest][:keep]
+            done = summary([row for row in rows if row.emotion == cell.emotion and row.features == plan.features])
+            table.append(ScreenedFeature(cell.emotion, feature, done.valence_change, done.degenerate_share))
+    kept = {}
+    for cell in cells:
+        sign = signs[cell.emotion]
+        tried = [one for one in table if one.emotion == cell.emotion]
+        kept[cell.emotion] = [
+            one.feature for one in sorted(tried, key=lambda one: one.valence_change * sign, reverse=True)[:keep]
+        ]
     return kept, tuple(table)

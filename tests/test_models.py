@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -316,3 +317,4 @@ def test_the_embedded_model_is_converted_once_and_then_loads_offline(tmp_path: P
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     again = torch.load(tmp_path / "logits.pt", weights_only=True)
     torch.testing.assert_close(again, logits, atol=1e-4, rtol=1e-4)
+    shutil.rmtree(tmp_path / "cache")  # a gigabyte, which pytest would keep for days

@@ -56,13 +56,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(emotion_features, "metadata", SimpleNamespace(version=version))
 
 
-def run(bridge: Any, sae: Any, out: Path, recommended: dict[str, float | None] | None = None) -> QuickstartResult:
-    with pytest.MonkeyPatch.context() as patch:
-        if recommended is not None:
-            patch.setattr(module, "recommend", lambda rows, signs: recommended)
-        return quickstart(out, model=bridge, dictionary=sae, progress=False)
-
-
 RECOMMENDED: dict[str, float | None] = {"anger": None, "joy": 0.5, "sadness": 1.5}
 
 
@@ -75,7 +68,9 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def result(_shared: dict[str, Any], bridge: Any, planted_sae: Any) -> QuickstartResult:
     """One run for all tests, made within the small settings above."""
     if "result" not in _shared:
-        _shared["result"] = run(bridge, planted_sae, _shared["out"], RECOMMENDED)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "recommend", lambda rows, signs: RECOMMENDED)
+            _shared["result"] = quickstart(_shared["out"], model=bridge, dictionary=planted_sae, progress=False)
     return _shared["result"]
 
 
@@ -158,12 +153,17 @@ def test_the_findings_stand_for_every_kind_of_opening_and_decoding(result: Quick
     assert lines[1].startswith("joy at 0.5, 2 neutral openings, sampled: valence ")
 
 
-def test_the_amounts_are_chosen_by_the_rows_of_the_choosing_half(bridge: Any, planted_sae: Any, tmp_path: Path) -> None:
-    result = run(bridge, planted_sae, tmp_path)
-    rows = [row for row in result.generations.rows if row.part == "choose"]
-    assert result.generations.meta["recommended"] == module.recommend(rows, module.SIGNS)
-    again = run(bridge, planted_sae, tmp_path)
-    assert again.generations == result.generations and again.scores == result.scores
+def test_the_amounts_are_chosen_by_the_rows_of_the_choosing_half_alike_in_every_run(
+    result: QuickstartResult, bridge: Any, planted_sae: Any, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    again = quickstart(tmp_path, model=bridge, dictionary=planted_sae, progress=False, say=told.append)
+    assert again.scores == result.scores
+    rows, before = ([r for r in one.generations.rows if r.part == "choose"] for one in (again, result))
+    assert rows == before
+    assert again.generations.meta["recommended"] == module.recommend(rows, module.SIGNS)
+    assert [line.split()[0] for line in told] == ["loading", "discovering", "steering"]
+    assert "64 bundled texts" in told[1]
 
 
 def test_a_model_or_dictionary_that_does_not_load_leaves_no_folder(
@@ -174,10 +174,3 @@ def test_a_model_or_dictionary_that_does_not_load_leaves_no_folder(
     with pytest.raises(ValueError, match="unknown dictionary 'no-such-thing'"):
         quickstart(tmp_path / "report", model=bridge, dictionary="no-such-thing")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_steps_are_told(bridge: Any, planted_sae: Any, tmp_path: Path) -> None:
-    told: list[str] = []
-    quickstart(tmp_path, model=bridge, dictionary=planted_sae, progress=False, say=told.append)
-    assert [line.split()[0] for line in told] == ["loading", "discovering", "steering"]
-    assert "64 bundled texts" in told[1]

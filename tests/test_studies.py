@@ -184,7 +184,7 @@ def test_the_rows_of_many_cells_equal_continuations_made_alone(bridge: Any, plan
     rows = run_cells(bridge, planted_sae, cells, max_new_tokens=4, progress=False)
     plans = {(*plan.features, plan.amount): plan for cell in cells for plan in cell.plans}
     assert any(one.text != one.baseline_text for one in rows)
-    for one in rows:
+    for one in rows[::3]:
         request = Request(one.prompt, plans[(*one.features, one.amount)], one.temperature, one.seed)
         (alone,) = complete(bridge, planted_sae, [request], max_new_tokens=4, progress=False)
         unsteered = Request(one.prompt, None, one.temperature, one.seed)
