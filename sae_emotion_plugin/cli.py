@@ -231,7 +231,10 @@ def steer(
     made = generate(
         hooked, sae, plan, prompts, max_new_tokens=tokens, temperature=temperature, seed=seed, emotion=emotion or ""
     )
-    click.echo(json.dumps(made.to_dict(), ensure_ascii=False) if as_json else repr(made))
+    if as_json:
+        click.echo(json.dumps({"meta": made.meta, "rows": [vars(row) for row in made.rows]}, ensure_ascii=False))
+    else:
+        click.echo(repr(made))
 
 
 @main.command()

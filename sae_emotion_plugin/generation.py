@@ -396,6 +396,5 @@ def _backing_off(run: Callable[[Sequence[Any]], Sequence[Any]], items: Sequence[
             if len(batch) == 1:
                 raise
             size = len(batch) // 2
-            torch.cuda.empty_cache()
             logger.warning("out of memory with %d rows: going on with %d", len(batch), size)
     return results

@@ -183,7 +183,7 @@ def _wrap_object(model: Any, tokenizer: Any, device: str | None) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise ValueError(f"no tokenizer found for {name!r}: pass tokenizer=") from error
-    return _boot(name, model.to(device) if device else model, tokenizer)
+    return _boot(name, model, tokenizer, device)
 
 
 def _boot_folder(folder: Path, device: str, dtype: torch.dtype) -> Any:
@@ -197,7 +197,7 @@ def _boot_folder(folder: Path, device: str, dtype: torch.dtype) -> Any:
         raise
     except Exception as error:  # what a damaged file trips over differs: safetensors and tokenizers have their own
         raise ValueError(f"{folder} is no readable causal language model: {_first_line(error)}") from error
-    return _boot(str(folder), model.to(device), tokenizer)
+    return _boot(str(folder), model, tokenizer, device)
 
 
 def _boot_hub(name: str, device: str, dtype: torch.dtype) -> Any:
@@ -213,9 +213,11 @@ def _boot_hub(name: str, device: str, dtype: torch.dtype) -> Any:
         ) from error
 
 
-def _boot(name: str, hf_model: Any, tokenizer: Any) -> Any:
+def _boot(name: str, hf_model: Any, tokenizer: Any, device: str | None) -> Any:
     from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
+    if device:
+        hf_model = hf_model.to(device)
     try:
         with _quiet_boot():
             bridge = SAETransformerBridge.boot_transformers(
@@ -265,8 +267,7 @@ def _convert_gguf(path: Path, folder: Path, sha256: str) -> None:
     # The weights are plain floats by now, but the model still calls itself quantised and refuses to be saved.
     # A second model of the same shape takes the weights without that mark.
     config = quantized.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(config)
     plain.load_state_dict(quantized.state_dict(), assign=True)

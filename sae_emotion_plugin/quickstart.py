@@ -163,13 +163,13 @@ def _steer(
     best = {emotion: tuple(plan for plan in plans[emotion] if plan.amount == recommended[emotion]) for emotion in SIGNS}
     reported = run(
         [
-            Cell(emotion, shown, prompts, part, temperature, seeds)
+            cell
             for emotion in SIGNS
-            for shown, prompts, part in (
-                (best[emotion], report[emotion], "report"),
-                (plans[emotion], (DEMO_PROMPT,), "demo"),
-            )
             for temperature, seeds in ((0.0, (0,)), (TEMPERATURE, REPORT_SEEDS))
+            for cell in (
+                Cell(emotion, best[emotion], report[emotion], "report", temperature, seeds),
+                Cell(emotion, plans[emotion], (DEMO_PROMPT,), "demo", temperature, seeds),
+            )
         ]
     )
     return Generations(

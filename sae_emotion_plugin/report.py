@@ -157,10 +157,16 @@ def headline(content: ReportContent) -> str:
     """The one-sentence result: how many findings keep the bounds, with their effects, and which do not."""
     if not content.findings:
         return "Features were found and scored; no steering result was recorded."
+    emotions = [f.emotion for f in content.findings]
+
+    def name(finding: Finding) -> str:
+        several = emotions.count(finding.emotion) > 1
+        return f"{finding.emotion} ({finding.setting})" if several else finding.emotion
+
     good = [f for f in content.findings if not broken_bounds(f, content.bounds)]
-    bad = [f.emotion for f in content.findings if broken_bounds(f, content.bounds)]
+    bad = [name(f) for f in content.findings if broken_bounds(f, content.bounds)]
     effects = [
-        f"{number(f.effect, 2, True)} [{number(f.low, 2, True)}, {number(f.high, 2, True)}] for {f.emotion}"
+        f"{number(f.effect, 2, True)} [{number(f.low, 2, True)}, {number(f.high, 2, True)}] for {name(f)}"
         for f in good
     ]
     if not good:

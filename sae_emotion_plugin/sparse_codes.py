@@ -4,6 +4,7 @@ One streaming pass; what is dense, `[token, d_sae]`, exists for one chunk of tok
 """
 
 import hashlib
+import html
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -71,7 +72,7 @@ class SparseCodes:
         if pooling == "last":
             ends = np.cumsum(lengths)
             rows = self.matrix()[ends[lengths > 0] - 1]
-            return _scatter_rows(rows, np.flatnonzero(lengths), self.n_texts)
+            return _scatter_rows(rows, np.flatnonzero(lengths), (self.n_texts, self.d_sae))
         entry_text = np.repeat(self.text_index, np.diff(self.row_starts))
         order = np.lexsort((self.features, entry_text))
         text, feature, value = entry_text[order], self.features[order], self.values[order]
@@ -168,6 +169,9 @@ class SparseCodes:
             )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} holds no codes: {error!r}") from error
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self))}</p>"
 
     def __repr__(self) -> str:
         l0 = len(self.values) / max(self.n_tokens, 1)
@@ -356,9 +360,7 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(total) + np.repeat(np.asarray(starts) - (ends - lengths), lengths)
 
 
-def _scatter_rows(rows: scipy.sparse.csr_matrix, where: np.ndarray, n_rows: int) -> scipy.sparse.csr_matrix:
-    lengths = np.zeros(n_rows, dtype=np.int64)
+def _scatter_rows(rows: scipy.sparse.csr_matrix, where: np.ndarray, shape: tuple[int, int]) -> scipy.sparse.csr_matrix:
+    lengths = np.zeros(shape[0], dtype=np.int64)
     lengths[where] = np.diff(rows.indptr)
-    return scipy.sparse.csr_matrix(
-        (rows.data, rows.indices, np.r_[0, np.cumsum(lengths)]), shape=(n_rows, rows.shape[1])
-    )
+    return scipy.sparse.csr_matrix((rows.data, rows.indices, np.r_[0, np.cumsum(lengths)]), shape=shape)

@@ -1,4 +1,4 @@
-"""The README's command-line reference, made from the commands' own help. Run it (`make readme`) to update the README."""
+"""The README's command-line reference, made from the commands' own help. `make readme` runs this to update it."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -7,7 +7,9 @@ from sae_emotion_plugin.architectures import SparseStepTopKTrainingSAE
 
 
 def trained_a_little(kind: type[TopKTrainingSAE], rescale: bool = True) -> TopKTrainingSAE:
-    config = TopKTrainingSAEConfig(d_in=20, d_sae=100, k=5, aux_loss_coefficient=0.1, rescale_acts_by_decoder_norm=rescale)
+    config = TopKTrainingSAEConfig(
+        d_in=20, d_sae=100, k=5, aux_loss_coefficient=0.1, rescale_acts_by_decoder_norm=rescale
+    )
     sae = kind(config)
     torch.manual_seed(1)
     for parameter in sae.parameters():

@@ -36,7 +36,8 @@ def test_help_loads_no_model_library() -> None:
         "import sys\nfrom click.testing import CliRunner\nfrom sae_emotion_plugin.cli import main\n"
         "for arguments in (['--help'], ['quickstart', '--help'], ['registry', 'list']):\n"
         "    assert CliRunner().invoke(main, arguments).exit_code == 0, arguments\n"
-        "print([name for name in ('torch', 'sae_lens', 'transformers', 'transformer_lens', 'pandas') if name in sys.modules])"
+        "heavy = ('torch', 'sae_lens', 'transformers', 'transformer_lens', 'pandas')\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

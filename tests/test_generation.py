@@ -21,9 +21,9 @@ from sae_emotion_plugin.generation import (
     generate,
     judge_rows,
 )
+from sae_emotion_plugin.interventions import Intervention, SteeringPlan, steering
 from sae_emotion_plugin.judges import Generations, valence
 from sae_emotion_plugin.models import load_model
-from sae_emotion_plugin.interventions import Intervention, SteeringPlan, steering
 
 BOS, NEW = 1, 6
 NORM = 5.0

@@ -8,7 +8,17 @@ from conftest import HOOK
 from sae_emotion_plugin import SteeringPlan, studies
 from sae_emotion_plugin.generation import Continuation, Request, complete
 from sae_emotion_plugin.judges import Generation, Part
-from sae_emotion_plugin.studies import Cell, DoseBounds, dose_response, recommend, run_cells, shared_amounts, within
+from sae_emotion_plugin.studies import (
+    Cell,
+    DoseBounds,
+    ScreenedFeature,
+    dose_response,
+    recommend,
+    run_cells,
+    screen_features,
+    shared_amounts,
+    within,
+)
 
 NORM = 4.0
 SIGNS = {"joy": 1, "anger": -1}
@@ -192,6 +202,41 @@ def test_the_rows_of_many_cells_equal_continuations_made_alone(bridge: Any, plan
         assert (one.text, one.baseline_text) == (alone.text, baseline.text)
         assert one.nll == pytest.approx(alone.nll, abs=1e-4)
         assert one.baseline_nll == pytest.approx(baseline.nll, abs=1e-4)
+
+
+def test_features_that_move_valence_most_in_their_direction_are_kept(
+    bridge: Any, planted_sae: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What each feature does to valence, alone, on either of two openings.
+    effects = {
+        "joy": {7: (0.2, 0.4), 3: (0.9, -0.9), 5: (-0.5, -0.5), 9: (0.4, 0.6)},
+        "anger": {7: (0.2, 0.4), 4: (-0.4, -0.6)},
+    }
+    asked: dict[str, Any] = {}
+
+    def made(model: Any, sae: Any, cells: Sequence[Cell], **options: Any) -> tuple[Generation, ...]:
+        asked.update(options)
+        return tuple(
+            Generation(**{**vars(row(cell.emotion, 0.1, change, prompt=prompt)), "features": plan.features})
+            for cell in cells
+            for plan in cell.plans
+            for prompt, change in zip(cell.prompts, effects[cell.emotion][plan.features[0]], strict=True)
+        )
+
+    monkeypatch.setattr(studies, "run_cells", made)
+    cells = [
+        Cell(emotion, tuple(plan_of(planted_sae, f, 0.1) for f in features), ("he is", "such a"), "choose", 0.7)
+        for emotion, features in effects.items()
+    ]
+    kept, table = screen_features(bridge, planted_sae, cells, SIGNS, 2, max_new_tokens=3, progress=False)
+    assert kept == {"joy": [9, 7], "anger": [4, 7]}
+    assert [(one.emotion, one.feature) for one in table] == [
+        *(("joy", feature) for feature in (7, 3, 5, 9)),
+        *(("anger", feature) for feature in (7, 4)),
+    ]
+    assert [one.valence_change for one in table] == pytest.approx([0.3, 0.0, -0.5, 0.5, 0.3, -0.5])
+    assert isinstance(table[0], ScreenedFeature) and table[0].degenerate_share == 0
+    assert (asked["max_new_tokens"], asked["progress"]) == (3, False)
 
 
 def test_no_cells_are_refused(bridge: Any, planted_sae: Any) -> None:
