@@ -301,11 +301,11 @@ def test_the_embedded_model_is_converted_once_and_then_loads_offline(tmp_path: P
     assert (folder / "model.safetensors").stat().st_size > 5e8
     assert model_identity(first)["gguf_sha256"] == models.EMBEDDED_GGUF_SHA256
     assert model_identity(first)["name"] == models.EMBEDDED_NAME
-    tokens = first.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    tokens = first.tokenizer("One, two, three, four,", return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         logits = first(tokens)
     assert torch.isfinite(logits).all()
-    assert first.tokenizer.decode([int(logits[0, -1].argmax())]) == " Paris"
+    assert first.tokenizer.decode([int(logits[0, -1].argmax())]) == " five"
 
     # Another process, with neither a hub nor the packages: everything comes from the cache folder.
     code = (
