@@ -20,7 +20,7 @@ from sae_emotion_plugin.activations import (
     model_device,
     tokenize,
 )
-from sae_emotion_plugin.sparse_codes import CHUNK_ENTRIES, _flat_heads, checked_hook, token_settings
+from sae_emotion_plugin.sparse_codes import CHUNK_ENTRIES, checked_hook, flat_heads, token_settings
 
 if TYPE_CHECKING:
     import pandas
@@ -112,7 +112,7 @@ def evaluate(
     error, deviation = torch.zeros(sae.cfg.d_in).double(), torch.zeros(sae.cfg.d_in).double()
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
     n_active = 0
-    with torch.inference_mode(), _flat_heads(sae):
+    with torch.inference_mode(), flat_heads(sae):
         for chunk in vectors.split(max(1, CHUNK_ENTRIES // sae.cfg.d_sae)):
             codes = sae.encode(chunk.to(sae.device, sae.dtype))
             rebuilt = sae.decode(codes).float().cpu()
@@ -198,7 +198,7 @@ def _cross_entropies(
     variants = [None, reconstruct, ablate]
     sums, count = [0.0, 0.0, 0.0], 0
     positions = max(1, LOGIT_ENTRIES // int(model.cfg.d_vocab))
-    with torch.inference_mode(), _flat_heads(sae):
+    with torch.inference_mode(), flat_heads(sae):
         for batch in tqdm(_equal_lengths(windows, positions), desc="cross-entropy", unit="batch", disable=not progress):
             rows = torch.tensor([window.token_ids for window in batch], device=model_device(model))
             count += rows.shape[0] * (rows.shape[1] - 1)

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_emotion_plugin.activations import HookedModel, canonical_hook
-from sae_emotion_plugin.sparse_codes import CHUNK_ENTRIES, _flat_heads, checked_hook, token_settings
+from sae_emotion_plugin.sparse_codes import CHUNK_ENTRIES, checked_hook, flat_heads, token_settings
 
 if TYPE_CHECKING:
     import pandas
@@ -361,7 +361,7 @@ def _codes_of(
     """The activations of the given features of each token, by the SAE's own `encode`."""
     step = max(1, CHUNK_ENTRIES // sae.cfg.d_sae)
     parts = []
-    with _flat_heads(sae):
+    with flat_heads(sae):
         for chunk, wanted in zip(vectors.split(step), features.split(step), strict=True):
             codes = sae.encode(chunk)
             parts.append((codes.to_dense() if codes.is_sparse else codes).gather(1, wanted).float())

@@ -177,6 +177,9 @@ def _wrap_object(model: Any, tokenizer: Any, device: str | None) -> Any:
             f"cannot use a {type(model).__name__} as a model (a name, a folder, a .gguf file, a TransformerBridge, "
             "a HookedTransformer or a transformers PreTrainedModel)"
         )
+    if not model.config.architectures:
+        # A model built in code has not been named yet, and the bridge finds its adapter by this name.
+        model.config.architectures = [type(model).__name__]
     name = model.config._name_or_path
     if tokenizer is None:
         try:

@@ -166,8 +166,7 @@ def headline(content: ReportContent) -> str:
     good = [f for f in content.findings if not broken_bounds(f, content.bounds)]
     bad = [name(f) for f in content.findings if broken_bounds(f, content.bounds)]
     effects = [
-        f"{number(f.effect, 2, True)} [{number(f.low, 2, True)}, {number(f.high, 2, True)}] for {name(f)}"
-        for f in good
+        f"{number(f.effect, 2, True)} [{number(f.low, 2, True)}, {number(f.high, 2, True)}] for {name(f)}" for f in good
     ]
     if not good:
         return f"Steering towards {_listed(bad)} did not keep the bounds."

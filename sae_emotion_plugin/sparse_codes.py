@@ -231,7 +231,7 @@ def encode_vectors(
     """The non-zero codes of a batch of vectors: values, features, and how many each token has."""
     rows = max(1, CHUNK_ENTRIES // sae.cfg.d_sae)
     values, features, counts = [], [], []
-    with torch.inference_mode(), _flat_heads(sae):
+    with torch.inference_mode(), flat_heads(sae):
         for chunk in vectors.to(device=sae.device, dtype=sae.dtype).split(rows):
             codes = sae.encode(chunk)
             codes = codes.to_dense() if codes.is_sparse else codes
@@ -276,7 +276,7 @@ def token_settings(sae: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _flat_heads(sae: Any) -> Iterator[None]:
+def flat_heads(sae: Any) -> Iterator[None]:
     """Our vectors are flat already: an SAE on attention heads must not fold them again, for as long as this lasts."""
     folding = sae.cfg.reshape_activations == "hook_z" and sae.hook_z_reshaping_mode
     if folding:
