@@ -1,6 +1,7 @@
 import ast
 import re
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -61,7 +62,7 @@ def test_the_python_examples_import_only_public_names() -> None:
 def test_the_five_minute_tour_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
     tour = TEXT.split("## Five minutes in Python")[1]
     first, second = re.findall(r"```python\n(.*?)```", tour, re.DOTALL)[:2]
-    scope: dict[str, object] = {}
+    scope: dict[str, Any] = {}
     exec(compile(first, "README.md", "exec"), scope)
     assert "he is such a" in capsys.readouterr().out
     exec(compile(second, "README.md", "exec"), scope)
