@@ -3,7 +3,6 @@
 import html
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from scipy.sparse import csr_matrix
 
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.evidence import benjamini_hochberg, sparse_auroc
+from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.sparse_codes import Pooling, SparseCodes
 
 if TYPE_CHECKING:
@@ -109,19 +109,10 @@ class FeatureScores:
 
         The file appears whole or not at all. FileNotFoundError when its folder does not exist.
         """
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
         meta = json.dumps(self.meta, ensure_ascii=False, allow_nan=False, indent=1)
         rows = (json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) for row in self.rows)
         text = f'{{"meta": {meta},\n"rows": [\n' + ",\n".join(rows) + "\n]}\n"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
+        return write_whole(path, text)
 
     @classmethod
     def load(cls, path: str | Path) -> "FeatureScores":

@@ -6,7 +6,6 @@ None of the judges has seen what features are selected on. Plain data: no model 
 import html
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sae_emotion_plugin.evidence import bootstrap_mean_interval
+from sae_emotion_plugin.files import write_whole
 
 if TYPE_CHECKING:
     import pandas
@@ -77,18 +77,9 @@ class Generations:
 
     def save(self, path: str | Path) -> Path:
         """Returns `path` after writing `{"meta": {...}, "rows": [...]}` there; the file appears whole or not at all."""
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
         meta = json.dumps(self.meta, ensure_ascii=False, allow_nan=False, indent=1)
         rows = (json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) for row in self.rows)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            partial.write_text(f'{{"meta": {meta},\n"rows": [\n' + ",\n".join(rows) + "\n]}\n", encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        return path
+        return write_whole(path, f'{{"meta": {meta},\n"rows": [\n' + ",\n".join(rows) + "\n]}\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Generations":

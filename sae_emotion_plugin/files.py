@@ -1,0 +1,22 @@
+"""Writing a text file whole or not at all."""
+
+import os
+from pathlib import Path
+
+
+def write_whole(path: str | Path, text: str) -> Path:
+    """The path, after `text` was written there: under a temporary name in the same folder first, then renamed.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
