@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from sae_emotion_plugin.emotion_texts import LabelledTexts as LabelledTexts
     from sae_emotion_plugin.evaluation import evaluate as evaluate
     from sae_emotion_plugin.generation import generate as generate
+    from sae_emotion_plugin.generations import Generations as Generations
     from sae_emotion_plugin.interventions import SteeringPlan as SteeringPlan
     from sae_emotion_plugin.interventions import steering as steering
-    from sae_emotion_plugin.judges import Generations as Generations
     from sae_emotion_plugin.models import load_model as load_model
     from sae_emotion_plugin.openai_format import load_openai_checkpoint as load_openai_checkpoint
     from sae_emotion_plugin.openai_format import openai_disk_loader as openai_disk_loader
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "FeatureScores": "discovery",
-    "Generations": "judges",
+    "Generations": "generations",
     "LabelledTexts": "emotion_texts",
     "SparseCodes": "sparse_codes",
     "SteeringPlan": "interventions",

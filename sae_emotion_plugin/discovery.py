@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Bool, Int, Num
 from scipy.sparse import csr_matrix
 
+from sae_emotion_plugin.association import benjamini_hochberg, sparse_auroc
 from sae_emotion_plugin.emotion_texts import LabelledTexts
-from sae_emotion_plugin.evidence import benjamini_hochberg, sparse_auroc
 from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.sparse_codes import Pooling, SparseCodes
 

@@ -1,30 +1,27 @@
 """Prompts and steering plans -> continuations, in batches whose rows differ; and what steering did and cost."""
 
-import inspect
 import itertools
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_emotion_plugin.activations import HookedModel, model_device
-from sae_emotion_plugin.evidence import is_degenerate
+from sae_emotion_plugin.generations import Generation, Generations, Part
 from sae_emotion_plugin.interventions import SteeringPlan, check_plan, row_steering
-from sae_emotion_plugin.judges import Generation, Generations, Part, valence
+from sae_emotion_plugin.judges import valence
+from sae_emotion_plugin.likelihoods import backing_off, continuation_nll, keeps_logits, padded
 from sae_emotion_plugin.models import model_identity
 from sae_emotion_plugin.sparse_codes import checked_hook, token_settings
-
-logger = logging.getLogger(__name__)
+from sae_emotion_plugin.text_costs import is_degenerate
 
 Forward = Callable[[Int[Tensor, "row step"]], Float[Tensor, "row vocab"]]
-LOGIT_ENTRIES = 64 * 1024 * 1024  # of one batch when likelihoods are measured: 256 MiB in float32
 SAMPLED_ENTRIES = 1024 * 1024
 
 
@@ -164,7 +161,7 @@ def complete(
             bar.update(len(batch) * max_new_tokens)
             return written
 
-        written = dict(zip(ordered, _backing_off(run, ordered, batch_rows), strict=True))
+        written = dict(zip(ordered, backing_off(run, ordered, batch_rows), strict=True))
     pairs = dict.fromkeys((prompts[request.prompt], ids) for request, ids in written.items() if ids and with_nll)
     likelihoods = dict(zip(pairs, continuation_nll(model, list(pairs), progress=progress), strict=True))
     continuations = {
@@ -172,58 +169,6 @@ def complete(
         for request, ids in written.items()
     }
     return tuple(Continuation(request, *continuations[_decoding(request)]) for request in requests)
-
-
-def continuation_nll(
-    model: HookedModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, progress: bool = False
-) -> list[float]:
-    """The mean negative log-likelihood, in nats a token, of each pair's continuation given its prompt (both token ids).
-
-    Call it outside any steering context. Logits exist for one batch of continuation positions at a time (256 MiB).
-    ValueError for an empty prompt or continuation.
-    """
-    step = max(1, LOGIT_ENTRIES // int(model.cfg.d_vocab))
-    pieces = []
-    for index, (prompt, continuation) in enumerate(pairs):
-        if not prompt or not continuation:
-            raise ValueError(f"pair {index} has an empty {'continuation' if prompt else 'prompt'}")
-        for start in range(0, len(continuation), step):
-            context = (*prompt, *continuation[:start])
-            pieces.append(_Piece(index, context, tuple(continuation[start : start + step])))
-    totals = [0.0] * len(pairs)
-    pieces.sort(key=lambda piece: (len(piece.context), len(piece.target)))
-    with torch.inference_mode(), tqdm(total=len(pieces), desc="likelihoods", disable=not progress) as bar:
-        for length, group in itertools.groupby(pieces, key=lambda piece: len(piece.context)):
-            alike = list(group)
-            longest = len(alike[-1].target) if _keeps_logits(model) else length + len(alike[-1].target)
-            sums = _backing_off(lambda batch: _nll_sums(model, batch), alike, max(1, step // longest))
-            for piece, total in zip(alike, sums, strict=True):
-                totals[piece.pair] += total
-            bar.update(len(alike))
-    return [total / len(pair[1]) for total, pair in zip(totals, pairs, strict=True)]
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Some of a continuation's tokens with all that stands before them."""
-
-    pair: int
-    context: tuple[int, ...]
-    target: tuple[int, ...]
-
-
-def _nll_sums(model: HookedModel, pieces: Sequence[_Piece]) -> list[float]:
-    """The summed negative log-likelihood of each target; all contexts have one length."""
-    # The last token predicts nothing that is asked for.
-    tokens, _ = _padded([piece.context + piece.target[:-1] for piece in pieces], "right")
-    n = tokens.shape[1] - len(pieces[0].context) + 1
-    keep = {"logits_to_keep": n, "use_cache": False} if _keeps_logits(model) else {}
-    logits = model(tokens.to(model_device(model)), **keep)[:, -n:]
-    sums = []
-    for row, piece in zip(logits, pieces, strict=True):
-        target = torch.tensor(piece.target, device=row.device)
-        sums.append(float(torch.nn.functional.cross_entropy(row[: len(target)].float(), target, reduction="sum")))
-    return sums
 
 
 def _decoding(request: Request) -> Request:
@@ -262,13 +207,6 @@ def _text(model: HookedModel, prompt: Sequence[int], ids: Sequence[int]) -> str:
     return whole[len(before) :] if whole.startswith(before) else alone
 
 
-def _keeps_logits(model: HookedModel) -> bool:
-    """Whether the model computes the last positions' logits alone and has a KV cache: a bridge to `transformers`."""
-    inner = getattr(model, "original_model", None)
-    known = inspect.signature(inner.forward).parameters if inner is not None else {}
-    return {"logits_to_keep", "past_key_values", "attention_mask"} <= set(known)
-
-
 @contextmanager
 def _stepping(
     model: HookedModel, sae: Any, batch: Sequence[Request], prompts: Sequence[tuple[int, ...]], use_cache: bool
@@ -277,22 +215,22 @@ def _stepping(
     device, n_bos = model_device(model), len(_bos(model, sae))
     rows, plans = torch.arange(len(batch)), [request.plan for request in batch]
     lengths = torch.tensor([len(prompt) for prompt in prompts])
-    keeps_logits = _keeps_logits(model)
+    has_cache = keeps_logits(model)
 
     def recomputed(written: Int[Tensor, "row step"]) -> Float[Tensor, "row vocab"]:
         grown = [(*prompt, *new) for prompt, new in zip(prompts, written.tolist(), strict=True)]
-        tokens, steered = _padded(grown, "right")
+        tokens, steered = padded(grown, "right")
         steered[:, :n_bos] = False
         last = lengths + written.shape[1] - 1
-        kept, place = last.unique(return_inverse=True) if keeps_logits else (None, last)
+        kept, place = last.unique(return_inverse=True) if has_cache else (None, last)
         keep = {} if kept is None else {"logits_to_keep": kept.to(device), "use_cache": False}
         with row_steering(model, sae, plans, steered):
             return model(tokens.to(device), **keep)[rows.to(device), place.to(device)]
 
-    if not (use_cache and keeps_logits):
+    if not (use_cache and has_cache):
         yield recomputed
         return
-    tokens, real = _padded(prompts, "left")
+    tokens, real = padded(prompts, "left")
     steered = real.clone()
     if n_bos:
         steered[rows, tokens.shape[1] - lengths] = False
@@ -369,32 +307,3 @@ def _first_above(sums: Float[Tensor, "row n"], draw: Float[Tensor, "row 1"]) -> 
     """Where the running sum first exceeds the draw; a draw at the total, by a rounding error, counts as below it."""
     below = torch.nextafter(sums[:, -1:], torch.zeros_like(draw))
     return torch.searchsorted(sums, torch.minimum(draw, below), right=True)
-
-
-def _padded(
-    rows: Sequence[Sequence[int]], side: Literal["left", "right"]
-) -> tuple[Int[Tensor, "row position"], Bool[Tensor, "row position"]]:
-    """The rows as one tensor, zeros where they are short, and where the real tokens are."""
-    width = max(len(row) for row in rows)
-    tokens = torch.zeros(len(rows), width, dtype=torch.int64)
-    real = torch.zeros(len(rows), width, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        tokens[index, where] = torch.tensor(row, dtype=torch.int64)
-        real[index, where] = True
-    return tokens, real
-
-
-def _backing_off(run: Callable[[Sequence[Any]], Sequence[Any]], items: Sequence[Any], size: int) -> list[Any]:
-    """The results of all items, run in batches of `size`, which is halved whenever memory runs out."""
-    results: list[Any] = []
-    while len(results) < len(items):
-        batch = items[len(results) : len(results) + size]
-        try:
-            results += run(batch)
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                raise
-            size = len(batch) // 2
-            logger.warning("out of memory with %d rows: going on with %d", len(batch), size)
-    return results

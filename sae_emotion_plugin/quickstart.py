@@ -12,7 +12,7 @@ from sae_emotion_plugin.activations import mean_norm
 from sae_emotion_plugin.discovery import FeatureScores
 from sae_emotion_plugin.emotion_features import discover
 from sae_emotion_plugin.emotion_texts import LabelledTexts, openings
-from sae_emotion_plugin.judges import Generation, Generations
+from sae_emotion_plugin.generations import Generation, Generations
 from sae_emotion_plugin.models import EMBEDDED, load_model
 from sae_emotion_plugin.plugin import DEFAULT_DICTIONARY, load_dictionary
 from sae_emotion_plugin.report import Bounds, Finding, ReportContent, broken_bounds, write_report

@@ -11,7 +11,7 @@ from sae_emotion_plugin.activations import HookedModel
 from sae_emotion_plugin.discovery import FeatureScores
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.evaluation import DictionaryReport
-from sae_emotion_plugin.judges import Generations, summary
+from sae_emotion_plugin.generations import Generations, summary
 from sae_emotion_plugin.models import decode_token
 from sae_emotion_plugin.report_content import DoseResponseRow, Finding, HighlightedText, ScoreDistribution
 from sae_emotion_plugin.sparse_codes import SparseCodes

@@ -11,8 +11,8 @@ from typing import Any
 
 from sae_emotion_plugin.activations import HookedModel
 from sae_emotion_plugin.generation import Request, complete, judge_rows
+from sae_emotion_plugin.generations import Generation, Part, Summary, summary
 from sae_emotion_plugin.interventions import SteeringPlan
-from sae_emotion_plugin.judges import Generation, Part, Summary, summary
 
 logger = logging.getLogger(__name__)
 

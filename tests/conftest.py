@@ -13,7 +13,13 @@ with warnings.catch_warnings():
     import transformer_lens
     from sae_lens.saes.sae import SAEMetadata
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+    from transformers import (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        GPT2Config,
+        GPT2LMHeadModel,
+        PreTrainedTokenizerFast,
+    )
 
 WORDS = (
     "<pad>", "<bos>", "<eos>", "<unk>", "he", "is", "such", "a", "joy", "happy", "smile", "anger", "sad", "fear",
@@ -143,3 +149,31 @@ def make_sae(normalize_activations: str = "none", hook_name: str = HOOK, d_in: i
         sae.b_enc.copy_(torch.rand(D_SAE, generator=generator) * 0.1)
         sae.b_dec.copy_(torch.randn(d_in, generator=generator) * 0.05)
     return sae.eval()
+
+
+@pytest.fixture(scope="session")
+def learned_positions(word_tokenizer: Any) -> Any:
+    """A bridge to a random GPT-2, whose positions are learned, so that a wrong position shows."""
+    from sae_emotion_plugin.models import load_model
+
+    config = GPT2Config(
+        vocab_size=len(WORDS),
+        n_positions=64,
+        n_embd=D_MODEL,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        architectures=["GPT2LMHeadModel"],
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config)
+    return load_model(model.eval(), tokenizer=word_tokenizer)
+
+
+@pytest.fixture(params=["bridge", "learned_positions", "hooked_transformer"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 
+from sae_emotion_plugin.association import auroc, benjamini_hochberg, sparse_auroc
 from sae_emotion_plugin.discovery import (
     FEATURES_PER_LOGIT_CHUNK,
     FeatureScore,
@@ -17,7 +18,6 @@ from sae_emotion_plugin.discovery import (
     with_tokens,
 )
 from sae_emotion_plugin.emotion_texts import LabelledTexts
-from sae_emotion_plugin.evidence import auroc, benjamini_hochberg, sparse_auroc
 from sae_emotion_plugin.sparse_codes import Pooling, SparseCodes
 
 D_SAE = 40

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sae_emotion_plugin.judges import Generation, Generations, summary
+from sae_emotion_plugin.generations import Generation, Generations, summary
 
 pytestmark = pytest.mark.slow
 

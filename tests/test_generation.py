@@ -5,54 +5,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import D_MODEL, HOOK, JOY, JOY_TOKEN, WORDS, make_sae
+from conftest import HOOK, JOY, JOY_TOKEN, WORDS, make_sae
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae_emotion_plugin import generation
-from sae_emotion_plugin.evaluation import token_losses
-from sae_emotion_plugin.evidence import is_degenerate
 from sae_emotion_plugin.generation import (
     Continuation,
     Request,
     complete,
-    continuation_nll,
     generate,
     judge_rows,
 )
+from sae_emotion_plugin.generations import Generations
 from sae_emotion_plugin.interventions import Intervention, SteeringPlan, steering
-from sae_emotion_plugin.judges import Generations, valence
-from sae_emotion_plugin.models import load_model
+from sae_emotion_plugin.judges import valence
+from sae_emotion_plugin.likelihoods import continuation_nll
+from sae_emotion_plugin.text_costs import is_degenerate
 
 BOS, NEW = 1, 6
 NORM = 5.0
-
-
-@pytest.fixture(scope="module")
-def learned_positions(word_tokenizer: Any) -> Any:
-    """A bridge to a random GPT-2, whose positions are learned, so that a wrong position shows."""
-    config = GPT2Config(
-        vocab_size=len(WORDS),
-        n_positions=64,
-        n_embd=D_MODEL,
-        n_layer=2,
-        n_head=2,
-        initializer_range=0.3,
-        bos_token_id=BOS,
-        eos_token_id=2,
-        architectures=["GPT2LMHeadModel"],
-        tie_word_embeddings=False,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = GPT2LMHeadModel(config)
-    return load_model(model.eval(), tokenizer=word_tokenizer)
-
-
-@pytest.fixture(params=["bridge", "learned_positions", "hooked_transformer"])
-def model(request: pytest.FixtureRequest) -> Any:
-    return request.getfixturevalue(request.param)
 
 
 def plan_of(sae: Any, *amounts: float, mode: Any = "add") -> SteeringPlan:
@@ -257,67 +229,12 @@ def test_a_large_vocabulary_is_sampled_exactly() -> None:
     assert (bounds[chosen] - 4e-8 <= draws).all() and (draws <= bounds[chosen + 1] + 4e-8).all()
 
 
-def test_the_likelihood_is_that_of_the_continuation_alone(model: Any) -> None:
-    rng = np.random.default_rng(0)
-    pairs = [
-        ((BOS, *rng.integers(4, 60, size=before).tolist()), tuple(rng.integers(4, 60, size=after).tolist()))
-        for before, after in ((1, 1), (4, 6), (4, 3), (9, 6), (1, 8), (4, 6), (9, 1))
-    ]
-    with torch.inference_mode():
-        losses = [token_losses(model, torch.tensor([before + after]))[0] for before, after in pairs]
-    expected = [float(loss[len(before) - 1 :].mean()) for loss, (before, _) in zip(losses, pairs, strict=True)]
-    assert continuation_nll(model, pairs) == pytest.approx(expected, abs=1e-5)
-    assert continuation_nll(model, []) == []
-
-
-def test_likelihoods_do_not_depend_on_the_memory_they_may_take(bridge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs = [((BOS, 5, 6, word), tuple(range(10, 10 + n))) for word, n in ((7, 9), (8, 3), (9, 9))]
-    at_once = continuation_nll(bridge, pairs)
-    monkeypatch.setattr(generation, "LOGIT_ENTRIES", 4 * len(WORDS))
-    shapes: list[int] = []
-    unembed = bridge.original_model.lm_head.register_forward_hook(
-        lambda module, inputs, output: shapes.append(output.shape[0] * output.shape[1])
-    )
-    try:
-        assert continuation_nll(bridge, pairs) == pytest.approx(at_once, abs=1e-6)
-    finally:
-        unembed.remove()
-    assert max(shapes) <= 4
-
-
-@pytest.mark.parametrize(("pair", "named"), [(((), (5,)), "empty prompt"), (((5,), ()), "empty continuation")])
-def test_a_likelihood_of_nothing_is_refused(bridge: Any, pair: Any, named: str) -> None:
-    with pytest.raises(ValueError, match=f"pair 1 has an {named}"):
-        continuation_nll(bridge, [((5,), (6,)), pair])
-
-
 def test_the_likelihood_of_a_steered_text_is_the_unsteered_models(bridge: Any, planted_sae: Any) -> None:
     (done,) = run(bridge, planted_sae, [Request("he is such a", plan_of(planted_sae, 3.0))])
     assert done.nll == pytest.approx(continuation_nll(bridge, [((BOS, 4, 5, 6, 7), done.token_ids)])[0])
     with steering(bridge, planted_sae, plan_of(planted_sae, 3.0)):
         (steered,) = continuation_nll(bridge, [((BOS, 4, 5, 6, 7), done.token_ids)])
     assert done.nll is not None and steered < done.nll
-
-
-def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost() -> None:
-    sizes: list[int] = []
-
-    def limited(batch: Sequence[int]) -> list[int]:
-        sizes.append(len(batch))
-        if len(batch) > 3:
-            raise torch.OutOfMemoryError("too much")
-        return [item * item for item in batch]
-
-    assert generation._backing_off(limited, list(range(17)), 12) == [item * item for item in range(17)]
-    assert sizes == [12, 6, 3, 3, 3, 3, 3, 2]
-
-
-def test_a_single_row_that_does_not_fit_is_an_error() -> None:
-    def full(batch: Sequence[int]) -> list[int]:
-        raise torch.OutOfMemoryError("too much")
-
-    with pytest.raises(torch.OutOfMemoryError):
-        generation._backing_off(full, [1, 2, 3], 2)
 
 
 def test_generating_sets_every_prompt_beside_its_baseline(bridge: Any, planted_sae: Any, tmp_path: Path) -> None:

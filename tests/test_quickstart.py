@@ -12,7 +12,7 @@ from sae_emotion_plugin import emotion_features
 from sae_emotion_plugin import quickstart as module
 from sae_emotion_plugin.discovery import FeatureScores
 from sae_emotion_plugin.emotion_texts import LabelledTexts
-from sae_emotion_plugin.judges import Generations
+from sae_emotion_plugin.generations import Generations
 from sae_emotion_plugin.quickstart import QuickstartResult, quickstart
 
 WORD = {"joy": "joy", "anger": "anger", "sadness": "sad", "fear": "fear"}

@@ -7,7 +7,7 @@ from conftest import HOOK
 
 from sae_emotion_plugin import SteeringPlan, studies
 from sae_emotion_plugin.generation import Continuation, Request, complete
-from sae_emotion_plugin.judges import Generation, Part
+from sae_emotion_plugin.generations import Generation, Part
 from sae_emotion_plugin.studies import (
     Cell,
     DoseBounds,

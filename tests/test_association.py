@@ -1,7 +1,4 @@
-import subprocess
-import sys
 import tracemalloc
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,16 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import false_discovery_control, mannwhitneyu, norm
 
-from sae_emotion_plugin.evidence import (
-    SMALLEST_P,
-    auroc,
-    benjamini_hochberg,
-    bootstrap_mean_interval,
-    four_gram_repetition,
-    geometric_mean,
-    is_degenerate,
-    sparse_auroc,
-)
+from sae_emotion_plugin.association import SMALLEST_P, auroc, benjamini_hochberg, sparse_auroc
 
 
 def auroc_by_pairs(scores: np.ndarray, positives: np.ndarray) -> float:
@@ -213,115 +201,3 @@ def test_q_values_at_the_edges() -> None:
 def test_q_values_refuse_what_is_no_p_value(wrong: float) -> None:
     with pytest.raises(ValueError, match=f"got {wrong}"):
         benjamini_hochberg(np.array([0.5, wrong]))
-
-
-def test_bootstrap_interval_equals_a_plain_loop_over_groups() -> None:
-    rng = np.random.default_rng(2)
-    groups = ["a", "b", "b", "c", "c", "c", "d", "e", "e", "f"]
-    values = rng.normal(size=10) + np.array([ord(name) - 97 for name in groups])
-    members = {name: values[[g == name for g in groups]] for name in set(groups)}
-    names = sorted(members)
-    means = []
-    for _ in range(20_000):
-        drawn = rng.choice(names, size=len(names))
-        means.append(np.concatenate([members[name] for name in drawn]).mean())
-    found = bootstrap_mean_interval(values, groups=groups, level=0.9, resamples=20_000, seed=0)
-    assert found.mean == pytest.approx(values.mean())
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.05, 0.95])), abs=0.06)
-
-
-def test_repeating_each_value_within_its_group_does_not_narrow_the_interval() -> None:
-    values = np.random.default_rng(0).normal(size=40)
-    once = bootstrap_mean_interval(values, seed=1)
-    copies = np.repeat(values, 5)
-    grouped = bootstrap_mean_interval(copies, groups=np.repeat(np.arange(40), 5), seed=1)
-    ungrouped = bootstrap_mean_interval(copies, seed=1)
-    assert (grouped.low, grouped.high) == pytest.approx((once.low, once.high))
-    assert ungrouped.high - ungrouped.low < 0.6 * (once.high - once.low)
-
-
-def test_bootstrap_interval_covers_the_true_mean_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(6)
-    covered = 0
-    for data_set in range(400):
-        prompt_effects = np.repeat(rng.normal(size=40), 3)
-        values = prompt_effects + 0.5 * rng.normal(size=120)
-        interval = bootstrap_mean_interval(values, groups=np.repeat(np.arange(40), 3), resamples=400, seed=data_set)
-        covered += interval.low <= 0 <= interval.high
-    assert 0.91 <= covered / 400 <= 0.98
-
-
-def test_bootstrap_interval_depends_on_the_seed_alone() -> None:
-    values = [0, 1, 1.5, 4]
-    assert bootstrap_mean_interval(values, seed=1) == bootstrap_mean_interval(values, seed=1)
-    assert bootstrap_mean_interval(values, seed=1, resamples=50) != bootstrap_mean_interval(
-        values, seed=2, resamples=50
-    )
-    constant = bootstrap_mean_interval([2.0, 2.0, 2.0], seed=0)
-    assert (constant.mean, constant.low, constant.high) == (2.0, 2.0, 2.0)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"values": []}, "at least 2 groups of values, got 0"),
-        ({"values": [1.0]}, "at least 2 groups of values, got 1"),
-        ({"values": [1.0, 2.0], "groups": ["a", "a"]}, "at least 2 groups of values, got 1"),
-        ({"values": [1.0, 2.0], "groups": ["a"]}, "2 values, but 1 groups"),
-        ({"values": [1.0, float("nan")]}, "must be finite, got nan"),
-        ({"values": [1.0, 2.0], "level": 95.0}, r"between 0 and 1, got 95\.0"),
-        ({"values": [1.0, 2.0], "resamples": 0}, "at least 1, got 0"),
-    ],
-)
-def test_bootstrap_interval_refuses_bad_input(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        bootstrap_mean_interval(**options, seed=0)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(0, 2), max_size=30))
-def test_repetition_is_the_share_of_four_grams_seen_before(tokens: list[int]) -> None:
-    seen: Counter = Counter()
-    repeated = 0
-    for start in range(len(tokens) - 3):
-        four_gram = tuple(tokens[start : start + 4])
-        repeated += seen[four_gram] > 0
-        seen[four_gram] += 1
-    expected = repeated / seen.total() if seen else 0.0
-    assert four_gram_repetition(tokens) == pytest.approx(expected)
-    assert four_gram_repetition(np.array(tokens, dtype=np.int32)) == pytest.approx(expected)
-    assert is_degenerate(tokens) == (expected > 0.3)
-
-
-def test_repetition_of_plain_cases() -> None:
-    assert four_gram_repetition([]) == four_gram_repetition([5, 5, 5]) == 0
-    assert four_gram_repetition(range(50)) == 0
-    assert four_gram_repetition([7] * 20) == pytest.approx(16 / 17)
-    assert four_gram_repetition(["so", "so", "so", "so", "so"]) == 0.5
-    assert is_degenerate([7] * 20)
-    assert not is_degenerate([7] * 20, threshold=0.95)
-    assert not is_degenerate([1, 2, 3])
-
-
-def test_geometric_mean_of_a_ratio_and_its_inverse_is_one() -> None:
-    assert geometric_mean([4.0, 0.25]) == pytest.approx(1.0)
-    assert geometric_mean(np.array([1, 10, 100])) == pytest.approx(10.0)
-    assert geometric_mean([1e300, 1e300]) == pytest.approx(1e300)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [([], "of no values"), ([1.0, 0.0], r"got 0\.0"), ([-2.0], r"got -2\.0"), ([float("nan")], "got nan")],
-)
-def test_geometric_mean_refuses_what_has_no_logarithm(values: list[float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        geometric_mean(values)
-
-
-def test_evidence_loads_no_model_library() -> None:
-    code = (
-        "import sys, sae_emotion_plugin.evidence; "
-        "print(sorted({'torch', 'sae_lens', 'transformer_lens', 'transformers'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
