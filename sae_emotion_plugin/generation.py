@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from sae_emotion_plugin.activations import HookedModel, model_device
@@ -137,7 +138,8 @@ def complete(
     request alone (up to the rounding of a batched matrix product). There is no repetition penalty, and a row has
     `max_new_tokens` tokens unless the model ends the text before. Requests that must give the same text are
     generated once. A batch too large for the device is halved. A HookedTransformer runs without a KV cache, with which
-    TransformerLens 3.9 computes wrong learned positions. Likelihoods, `with_nll`, take as long as the texts.
+    TransformerLens 3.9 computes wrong learned positions. Likelihoods, `with_nll`, of steered texts take as long as the
+    texts; an unsteered one's is known from writing it.
 
     Raises:
         ValueError: no requests, a plan that does not fit the SAE, an SAE that does not fit the model, a prompt that
@@ -154,7 +156,7 @@ def complete(
     ordered = sorted(dict.fromkeys(map(_decoding, requests)), key=lambda request: len(prompts[request.prompt]))
     with tqdm(total=len(ordered) * max_new_tokens, unit="token", desc="generating", disable=not progress) as bar:
 
-        def run(batch: Sequence[Request]) -> list[tuple[int, ...]]:
+        def run(batch: Sequence[Request]) -> list[_Written]:
             tokens = [prompts[request.prompt] for request in batch]
             with torch.inference_mode(), _stepping(model, sae, batch, tokens, use_cache) as forward:
                 written = _write(forward, batch, max_new_tokens, _end_tokens(model))
@@ -162,13 +164,22 @@ def complete(
             return written
 
         written = dict(zip(ordered, backing_off(run, ordered, batch_rows), strict=True))
-    pairs = dict.fromkeys((prompts[request.prompt], ids) for request, ids in written.items() if ids and with_nll)
-    likelihoods = dict(zip(pairs, continuation_nll(model, list(pairs), progress=progress), strict=True))
-    continuations = {
-        request: (_text(model, prompts[request.prompt], ids), ids, likelihoods.get((prompts[request.prompt], ids)))
-        for request, ids in written.items()
-    }
-    return tuple(Continuation(request, *continuations[_decoding(request)]) for request in requests)
+    pairs = {request: (prompts[request.prompt], made.ids) for request, made in written.items()}
+    nlls: dict[Any, float | None] = {}
+    if with_nll:
+        nlls = {pairs[request]: made.nll for request, made in written.items() if request.plan is None}
+        unknown = sorted({pair for pair in pairs.values() if pair[1]} - nlls.keys())
+        nlls |= zip(unknown, continuation_nll(model, unknown, progress=progress), strict=True)
+    done = {request: (_text(model, *pair), pair[1], nlls.get(pair)) for request, pair in pairs.items()}
+    return tuple(Continuation(request, *done[_decoding(request)]) for request in requests)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The new tokens of a row, and their mean negative log-likelihood where the row is unsteered and not empty."""
+
+    ids: tuple[int, ...]
+    nll: float | None
 
 
 def _decoding(request: Request) -> Request:
@@ -253,13 +264,15 @@ def _stepping(
         yield cached
 
 
-def _write(forward: Forward, batch: Sequence[Request], n: int, ends: set[int]) -> list[tuple[int, ...]]:
+def _write(forward: Forward, batch: Sequence[Request], n: int, ends: set[int]) -> list[_Written]:
     """The new tokens of each row: `n` of them, fewer where the text ends before."""
     temperatures = torch.tensor([request.temperature for request in batch])
     # A row draws its own random numbers: the same whatever else is in the batch, and however long the text becomes.
     generators = [torch.Generator().manual_seed(request.seed) for request in batch]
     draws = torch.stack([torch.rand(n, generator=one, dtype=torch.float64) for one in generators])
     written = torch.zeros(len(batch), 0, dtype=torch.int64)
+    unsteered = torch.tensor([index for index, request in enumerate(batch) if request.plan is None], dtype=torch.int64)
+    losses = torch.zeros(len(batch), n, dtype=torch.float64)
     ended = torch.zeros(len(batch), dtype=torch.bool)
     while written.shape[1] < n and not ended.all():
         logits = forward(written)
@@ -267,9 +280,16 @@ def _write(forward: Forward, batch: Sequence[Request], n: int, ends: set[int]) -
             request = batch[broken[0][0]]
             raise ValueError(f"the logits after {request.prompt!r} are not finite; steered by {request.plan}")
         chosen = _choose(logits, temperatures, draws[:, written.shape[1]]).cpu()
+        own = logits[unsteered.to(logits.device)].float()
+        targets = chosen[unsteered].to(logits.device)
+        losses[unsteered, written.shape[1]] = cross_entropy(own, targets, reduction="none").double().cpu()
         written = torch.cat([written, chosen[:, None]], 1)
         ended |= torch.isin(chosen, torch.tensor(sorted(ends), dtype=torch.int64))
-    return [tuple(itertools.takewhile(lambda token: token not in ends, row)) for row in written.tolist()]
+    rows = [tuple(itertools.takewhile(lambda token: token not in ends, row)) for row in written.tolist()]
+    return [
+        _Written(ids, float(loss[: len(ids)].mean()) if ids and request.plan is None else None)
+        for request, ids, loss in zip(batch, rows, losses, strict=True)
+    ]
 
 
 def _choose(

@@ -325,3 +325,17 @@ def test_the_embedded_model_writes_the_same_greedy_text_in_every_batch_with_and_
     recomputed = run(embedded, sae, requests, max_new_tokens=8, use_cache=False)
     assert [one.text for one in together] == [one.text for one in recomputed]
     assert len({one.text for one in together}) == len(requests)
+
+
+def test_an_unsteered_text_has_the_same_likelihood_whether_it_is_read_off_while_writing_or_asked_for(
+    model: Any, planted_sae: Any
+) -> None:
+    requests = [
+        Request(prompt, None, t, seed) for prompt in ("he is such a", "w3 w9") for t, seed in ((0, 0), (1.0, 4))
+    ]
+    for done in complete(model, planted_sae, requests, max_new_tokens=NEW, progress=False):
+        prompt = tuple(generation._prompt_tokens(model, planted_sae, done.request.prompt, NEW))
+        asked = continuation_nll(model, [(prompt, done.token_ids)])[0] if done.token_ids else None
+        assert done.nll == pytest.approx(asked, abs=1e-5)
+    silent = complete(model, planted_sae, requests, max_new_tokens=NEW, progress=False, with_nll=False)
+    assert [done.nll for done in silent] == [None] * len(requests)
