@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     import pandas
 
 BUNDLED_LANGUAGES = ("en", "ko", "ja")
-OPENING_KINDS = ("neutral", "unpleasant")
+OPENING_KINDS = ("neutral", "unpleasant", "everyday", "anger", "disgust", "fear", "joy", "sadness", "surprise")
+"""Kinds of openings in English; Korean and Japanese have no "unpleasant" and no "everyday" ones."""
 _BUNDLED = files("sae_emotion_plugin") / "data"
 
 
@@ -289,11 +290,24 @@ def without_overlap(train: LabelledTexts, held_out: LabelledTexts) -> tuple[Labe
     return (train if kept.all() else train.select(kept)), int((~kept).sum())
 
 
-def openings(kind: str = "neutral") -> tuple[str, ...]:
-    """The bundled sentence openings to be continued by a model: "neutral" or "unpleasant" ones."""
-    if kind not in OPENING_KINDS:
-        raise ValueError(f"no openings of kind {kind!r}; choose from {', '.join(OPENING_KINDS)}")
-    return tuple(row["text"] for _, row in _bundled_rows("openings.jsonl") if row["kind"] == kind)
+def openings(kind: str = "neutral", language: str = "en") -> tuple[str, ...]:
+    """The bundled sentence openings to be continued by a model: those of one kind in "en", "ko" or "ja", or "all".
+
+    An opening of an emotion's kind tells of a situation that suggests the emotion, and names none; "everyday" ones are
+    further neutral ones. All are free of profanity, and no two are near-duplicates. ValueError for a kind or language
+    that there is not.
+    """
+    if language not in BUNDLED_LANGUAGES:
+        raise ValueError(f"no openings in {language!r}; choose from {', '.join(BUNDLED_LANGUAGES)}")
+    of_kind: dict[str, list[str]] = {}
+    for _, row in _bundled_rows("openings.jsonl"):
+        if row.get("language", "en") == language:
+            of_kind.setdefault(row["kind"], []).append(row["text"])
+    if kind == "all":
+        return tuple(text for texts in of_kind.values() for text in texts)
+    if kind not in of_kind:
+        raise ValueError(f"no openings of kind {kind!r} in {language!r}; choose from {', '.join(of_kind)} or all")
+    return tuple(of_kind[kind])
 
 
 def _bundled_rows(file_name: str) -> Iterator[Row]:

@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -14,8 +15,8 @@ import pytest
 from datasets.exceptions import DatasetNotFoundError
 
 from sae_emotion_plugin import emotion_texts
-from sae_emotion_plugin.emotion_texts import LabelledTexts, openings, without_overlap
-from sae_emotion_plugin.text_splits import comparison_key
+from sae_emotion_plugin.emotion_texts import OPENING_KINDS, LabelledTexts, openings, without_overlap
+from sae_emotion_plugin.text_splits import comparison_key, near_duplicate_groups
 
 CLASSES = ("anger", "disgust", "fear", "joy", "neutral", "sadness", "surprise")
 
@@ -407,10 +408,77 @@ def test_only_keyword_free_rows_are_kept_when_asked_for(tmp_path: Path, monkeypa
     assert LabelledTexts.bundled(keyword_free_only=True).ids == ("2",)
 
 
-def test_openings_come_by_kind() -> None:
-    neutral, unpleasant = openings(), openings("unpleasant")
-    assert len(neutral) >= 20 and len(unpleasant) >= 10
-    assert len({*neutral, *unpleasant}) == len(neutral) + len(unpleasant)
-    assert all(text == text.strip() != "" for text in (*neutral, *unpleasant))
-    with pytest.raises(ValueError, match="no openings of kind 'angry'; choose from neutral, unpleasant"):
+EMOTION_KINDS = ("anger", "disgust", "fear", "joy", "sadness", "surprise")
+# Stems that name an emotion, or its expression in the face and the voice.
+EMOTION_STEMS = {
+    "en": (
+        "ang(er|ry)|annoy|irritat|rage|furi|fury|mad|outrag|hate|hatred|disgust|gross|revolt|sick|nause|yuck|fear|afraid|"
+        "scar(e|y)|terr(or|if)|panic|dread|fright|horr|anxi|nervous|worr(y|i)|joy|happ|glad|delight|cheer|laugh|smil|grin|"
+        "excit|thrill|proud|love|sad|grie[fv]|sorrow|mourn|cr(y|ie)|weep|wept|sob|tear|miser|lonel|depress|heartbr|"
+        "surpris|shock|astonish|amaz|astound|stun|startl|wow|feel|felt|emotion|upset"
+    ),
+    "ko": (
+        "화[가를났나내]|분노|짜증|열받|빡|역겨|역겹|혐오|징그|메스꺼|구역|무서|무섭|두려|두렵|공포|겁|불안|떨|기쁘|기뻐|기쁨|"
+        "행복|즐거|즐겁|신나|웃|반가|반갑|슬프|슬퍼|슬픔|울|눈물|외로|외롭|우울|그리[워움]|놀라|놀랐|놀란|깜짝|충격|감정|기분"
+    ),
+    "ja": (
+        "怒|腹が立|腹立|むかつ|ムカ|苛立|イライラ|嫌|気持ち|吐き気|気味|怖|恐|怯|不安|震え|嬉し|うれし|喜|幸せ|楽し|笑|"
+        "悲し|哀し|寂し|淋し|泣|涙|つら|辛|切な|驚|びっくり|衝撃|まさか|感情|気分"
+    ),
+}
+PROFANITY = (
+    "damn|hell\\b|crap|shit|fuck|bitch|bastard|ass(hole)?\\b|piss|bloody|dick|cunt|slut|god\\b|jesus|"
+    "씨발|시발|개새|새끼|병신|지랄|좆|존나|クソ|くそ|畜生|ちくしょう|馬鹿|バカ|死ね"
+)
+
+
+def test_openings_come_by_kind_and_language() -> None:
+    sizes = {kind: len(openings(kind)) for kind in OPENING_KINDS}
+    assert sizes == {"neutral": 20, "unpleasant": 10, "everyday": 20, **dict.fromkeys(EMOTION_KINDS, 10)}
+    assert openings("all") == sum((openings(kind) for kind in OPENING_KINDS), ())
+    assert openings() == openings("neutral", "en") and openings()[0] == "My cousin called this morning and said"
+    for language in ("ko", "ja"):
+        by_kind = [openings(kind, language) for kind in ("neutral", *EMOTION_KINDS)]
+        assert [len(texts) for texts in by_kind] == [12, 3, 3, 3, 3, 3, 3]
+        assert openings("all", language) == sum(by_kind, ())
+
+
+def test_openings_of_no_kind_or_language_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"no openings of kind 'angry' in 'en'; choose from neutral, .* or all"):
         openings("angry")
+    with pytest.raises(ValueError, match="no openings of kind 'everyday' in 'ko'; choose from neutral, anger"):
+        openings("everyday", "ko")
+    with pytest.raises(ValueError, match="no openings in 'fr'; choose from en, ko, ja"):
+        openings("neutral", "fr")
+
+
+def test_openings_are_all_different_and_end_where_a_text_goes_on() -> None:
+    texts = [text for language in ("en", "ko", "ja") for text in openings("all", language)]
+    assert len(set(near_duplicate_groups(texts).tolist())) == len(texts) == 170
+    assert len(set(near_duplicate_groups(texts, threshold=0.4).tolist())) == len(texts)
+    for text in texts:
+        assert text == " ".join(text.split()) and not text.endswith((".", "!", "?", ",", "。", "、", "…"))
+    assert all(4 <= len(text.split()) <= 10 for text in openings("all"))
+    assert all(3 <= len(text.split()) <= 8 for text in openings("all", "ko"))
+    assert all(10 <= len(text) <= 25 for text in openings("all", "ja"))
+    # Discovery reads the bundled sentences: none of them begins like an opening.
+    for language in ("en", "ko", "ja"):
+        assert not any(text.startswith(openings("all", language)) for text in LabelledTexts.bundled(language).texts)
+
+
+@pytest.mark.parametrize("language", ["en", "ko", "ja"])
+def test_openings_name_no_emotion_and_are_free_of_profanity(language: str) -> None:
+    start = r"\b" if language == "en" else ""
+    named = re.compile(f"{start}({EMOTION_STEMS[language]})", re.IGNORECASE)
+    rude = re.compile(rf"\b({PROFANITY})" if language == "en" else f"({PROFANITY})", re.IGNORECASE)
+    assert [text for kind in EMOTION_KINDS for text in openings(kind, language) if named.search(text)] == []
+    assert [text for text in openings("all", language) if rude.search(text)] == []
+    # The lists know the corpus' own words for emotions, so they can fail.
+    assert sum(bool(named.search(text)) for text in LabelledTexts.bundled(language).texts) >= 30
+
+
+def test_every_opening_has_an_id_of_its_own() -> None:
+    content = (emotion_texts._BUNDLED / "openings.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in content.splitlines()]
+    assert len({row["id"] for row in rows}) == len(rows) == 170
+    assert {frozenset(row) for row in rows[30:]} == {frozenset({"id", "text", "kind", "language"})}
