@@ -248,9 +248,7 @@ def leaks_between(train: LabelledTexts, held_out: LabelledTexts) -> Leaks:
     ours, theirs = groups[: len(train)], groups[len(train) :]
     theirs_by_key = {comparison_key(text) for text in held_out.texts}
     near = [name for name, hit in zip(train.ids, np.isin(ours, theirs).tolist(), strict=True) if hit]
-    equal = {
-        name for name, text in zip(train.ids, train.texts, strict=True) if comparison_key(text) in theirs_by_key
-    }
+    equal = {name for name, text in zip(train.ids, train.texts, strict=True) if comparison_key(text) in theirs_by_key}
     hit_ids = [name for name, hit in zip(held_out.ids, np.isin(theirs, ours).tolist(), strict=True) if hit]
     ids = set(held_out.ids)
     return Leaks(

@@ -1,6 +1,5 @@
 import subprocess
 import sys
-
 from typing import Any
 
 import numpy as np
@@ -110,8 +109,9 @@ def test_repeating_each_value_within_its_group_does_not_narrow_the_interval() ->
 CLUSTER_EFFECTS: dict[str, Any] = {
     "normal": lambda rng, shape: rng.normal(size=shape),
     "skewed": lambda rng, shape: rng.exponential(size=shape) - 1,
-    "half zeros": lambda rng, shape: np.where(rng.random(shape) < 0.5, 0, rng.choice([-0.8, -0.5, -0.3, 0.4], shape))
-    + 0.15,
+    "half zeros": lambda rng, shape: (
+        np.where(rng.random(shape) < 0.5, 0, rng.choice([-0.8, -0.5, -0.3, 0.4], shape)) + 0.15
+    ),
 }
 
 
@@ -238,14 +238,14 @@ def test_a_paired_comparison_of_steering_finds_a_planted_difference() -> None:
         "inferior"
     )
     with pytest.raises(ValueError, match="equally many, got 60 and 59"):
-        compare_hierarchical(shared, second[1:], prompts=prompts, seeds=seeds, margin=0.1, seed=0)
+        compare_hierarchical(shared, second[1:].tolist(), prompts=prompts, seeds=seeds, margin=0.1, seed=0)
     for margin in (-0.1, float("nan")):
         with pytest.raises(ValueError, match="margin must be 0 or more"):
             compare_hierarchical(shared, second, prompts=prompts, seeds=seeds, margin=margin, seed=0)
 
 
 def test_bootstrap_interval_depends_on_the_seed_alone() -> None:
-    values = [0, 1, 1.5, 4]
+    values = [0, 1, 1.5, 4, 2, 5]
     assert bootstrap_mean_interval(values, seed=1) == bootstrap_mean_interval(values, seed=1)
     assert bootstrap_mean_interval(values, seed=1, resamples=50) != bootstrap_mean_interval(
         values, seed=2, resamples=50
@@ -287,7 +287,10 @@ def test_geometric_mean_refuses_what_has_no_logarithm(values: list[float], messa
         geometric_mean(values)
 
 
-@pytest.mark.parametrize("module", ["association", "auroc_intervals", "equal_cost", "resampling", "selection", "text_costs", "judges"])
+@pytest.mark.parametrize(
+    "module",
+    ["association", "auroc_intervals", "dose_curves", "equal_cost", "resampling", "selection", "text_costs", "judges"],
+)
 def test_statistics_load_no_model_library(module: str) -> None:
     code = (
         f"import sys, sae_emotion_plugin.{module}; "
