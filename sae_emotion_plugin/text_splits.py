@@ -118,6 +118,53 @@ def stratified_held_out(
     return side[groups] == 1
 
 
+def stratified_folds(
+    labels: Bool[np.ndarray, "text label"], groups: Int[np.ndarray, "text"], n_folds: int, seed: int
+) -> tuple[Int[np.ndarray, "fold_text"], ...]:
+    """The text indices of each fold, ascending: `n_folds` disjoint parts in whole groups, every label spread evenly.
+
+    The parts are split off one by one with `stratified_held_out`. ValueError for fewer than 2 folds and for fewer
+    groups than folds.
+    """
+    if n_folds < 2:
+        raise ValueError(f"folds must be at least 2, got {n_folds}")
+    n_groups = len(np.unique(groups))
+    if n_groups < n_folds:
+        raise ValueError(f"{n_folds} folds need as many groups of texts, got {n_groups}")
+    parts, rest = [], np.arange(len(groups))
+    for remaining in range(n_folds, 1, -1):
+        part = _split_off(labels[rest], groups[rest], remaining, seed)
+        parts.append(rest[part])
+        rest = rest[~part]
+    return (*parts, rest)
+
+
+def _split_off(
+    labels: Bool[np.ndarray, "text label"], groups: Int[np.ndarray, "text"], remaining: int, seed: int
+) -> Bool[np.ndarray, "text"]:
+    """Returns which texts make the next of `remaining` folds, leaving a group for each of the others."""
+    part = stratified_held_out(labels, groups, 1 / remaining, seed)
+    # Few groups, each with a label that wants one on both sides: the smallest go back until enough are left.
+    lacking = remaining - 1 - len(np.unique(groups[~part]))
+    if lacking > 0:
+        taken, sizes = np.unique(groups[part], return_counts=True)
+        part &= ~np.isin(groups, taken[np.argsort(sizes, kind="stable")][:lacking])
+    return part
+
+
+def joined_groups(first: Int[np.ndarray, "text"], second: Int[np.ndarray, "text"]) -> Int[np.ndarray, "text"]:
+    """The group number of each text, by first appearance, when texts that share a group in either one belong together.
+
+    For splits by document (`first`) that keep near-duplicates (`second`) together too; chains count.
+    """
+    if not len(first):
+        return np.zeros(0, dtype=np.int64)
+    one, other = _renumbered(first), _renumbered(second)
+    n_nodes = int(one.max()) + 1 + int(other.max()) + 1
+    links = coo_matrix((np.ones(len(one)), (one, other + one.max() + 1)), shape=(n_nodes, n_nodes))
+    return _renumbered(connected_components(links, directed=False)[1][one].astype(np.int64))
+
+
 def _renumbered(groups: Int[np.ndarray, "text"]) -> Int[np.ndarray, "text"]:
     _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[inverse]

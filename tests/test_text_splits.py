@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_emotion_plugin import text_splits
-from sae_emotion_plugin.text_splits import comparison_key, near_duplicate_groups, stratified_held_out
+from sae_emotion_plugin.text_splits import (
+    comparison_key,
+    joined_groups,
+    near_duplicate_groups,
+    stratified_folds,
+    stratified_held_out,
+)
 
 deterministic = settings(derandomize=True, deadline=None, max_examples=60, database=None)
 
@@ -206,3 +212,46 @@ def test_what_cannot_be_split_is_refused() -> None:
         stratified_held_out(np.ones((3, 1), dtype=bool), np.zeros(3, dtype=int), 0.5, 0)
     with pytest.raises(ValueError, match="seed must be 0 or more, got -1"):
         stratified_held_out(np.ones((3, 1), dtype=bool), np.arange(3), 0.5, -1)
+
+
+def test_folds_hold_every_text_once_keep_groups_whole_and_spread_every_label() -> None:
+    rng = np.random.default_rng(4)
+    labels = random_labels(rng, 900)
+    groups = np.repeat(np.arange(450), 2)
+    parts = stratified_folds(labels, groups, 5, seed=1)
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(900))
+    for part in parts:
+        assert (np.diff(part) > 0).all()
+        assert not set(groups[part].tolist()) & set(np.delete(groups, part).tolist())
+        np.testing.assert_allclose(labels[part].sum(axis=0), labels.sum(axis=0) / 5, atol=3)
+        assert len(part) == pytest.approx(180, abs=6)
+    again = stratified_folds(labels, groups * 7 + 3, 5, seed=1)
+    assert [part.tolist() for part in again] == [part.tolist() for part in parts]
+    assert [part.tolist() for part in stratified_folds(labels, groups, 5, seed=2)] != [part.tolist() for part in parts]
+
+
+@deterministic
+@given(st.integers(0, 10**6), st.integers(2, 9), st.integers(0, 30))
+def test_no_fold_is_empty_even_with_one_group_for_each(seed: int, n_folds: int, more: int) -> None:
+    rng = np.random.default_rng(seed)
+    groups = np.concatenate([np.arange(n_folds), rng.integers(n_folds, size=more)])
+    parts = stratified_folds(random_labels(rng, len(groups)), groups, n_folds, seed)
+    assert len(parts) == n_folds
+    assert all(len(part) for part in parts)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(groups)))
+
+
+def test_folds_that_cannot_be_made_are_refused() -> None:
+    labels = np.ones((4, 1), dtype=bool)
+    with pytest.raises(ValueError, match="folds must be at least 2, got 1"):
+        stratified_folds(labels, np.arange(4), 1, 0)
+    with pytest.raises(ValueError, match="3 folds need as many groups of texts, got 2"):
+        stratified_folds(labels, np.array([0, 0, 1, 1]), 3, 0)
+
+
+def test_groups_are_joined_through_documents_and_duplicates() -> None:
+    documents = np.array([5, 5, 8, 8, 2, 9])
+    duplicates = np.array([0, 1, 1, 2, 3, 3])
+    assert joined_groups(documents, duplicates).tolist() == [0, 0, 0, 0, 1, 1]
+    assert joined_groups(documents, np.arange(6)).tolist() == [0, 0, 1, 1, 2, 3]
+    assert joined_groups(np.zeros(0, dtype=int), np.zeros(0, dtype=int)).tolist() == []
