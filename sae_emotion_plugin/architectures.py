@@ -4,13 +4,15 @@
 active features of each token instead of through dense `[token, d_sae]` products.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from sae_lens import TopKTrainingSAE
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
+
+FrozenPart = Literal["decoder", "encoder"]
 
 
 class SparseStepTopKTrainingSAE(TopKTrainingSAE):
@@ -18,7 +20,18 @@ class SparseStepTopKTrainingSAE(TopKTrainingSAE):
 
     Only the encoder's product is dense; its gradient, the decoder and the decoder's gradient touch active features
     alone. AuxK (arXiv 2406.04093, A.2) is SAELens's too, computed over dead features alone.
+
+    With `frozen`, the matrix of that side keeps its random start while the other side and both biases learn: the
+    reference dictionaries of Korznikov et al. (arXiv 2602.14111). The norms of the decoder's rows scale the codes, here
+    as in every such SAE, so a frozen encoder keeps its directions and can learn a factor for each.
     """
+
+    def __init__(
+        self, cfg: TopKTrainingSAEConfig, use_error_term: bool = False, *, frozen: FrozenPart | None = None
+    ) -> None:
+        super().__init__(cfg, use_error_term)
+        if frozen is not None:
+            (self.W_dec if frozen == "decoder" else self.W_enc).requires_grad_(False)
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         if not self.cfg.rescale_acts_by_decoder_norm or self.cfg.normalize_activations != "none":
@@ -92,7 +105,7 @@ class _SparseAutoencode(torch.autograd.Function):
         grad = grads[0]
         value_grads = torch.bmm(rows[features], grad[:, :, None])[:, :, 0] * (values > 0)
         by_feature = _by_feature(features, rows.shape[0])
-        rows_grad = _weighted_sums(by_feature, values, grad, rows.shape[0])
+        rows_grad = _weighted_sums(by_feature, values, grad, rows.shape[0]) if ctx.needs_input_grad[3] else None
         encoder_grad = _weighted_sums(by_feature, value_grads, x, rows.shape[0]).T
         bias_grad = torch.zeros_like(encoder[0]).index_add_(0, features.flatten(), value_grads.flatten())
         x_grad = torch.nn.functional.embedding_bag(

@@ -11,6 +11,9 @@ from typing import Any
 
 import yaml
 
+REFERENCES = ("frozen-decoder", "frozen-encoder", "random-directions", "shuffled-weights")
+"""Kinds of reference dictionary; `reference_saes` makes them."""
+
 
 @dataclass(frozen=True)
 class TextSource:
@@ -72,10 +75,14 @@ class TrainingRecipe:
     """Seeds weights and order."""
     licence: str = ""
     """Licence of the dictionary."""
+    reference: str | None = None
+    """Kind of reference dictionary that this is (one of `REFERENCES`); absent for one that is trained in earnest."""
 
     def __post_init__(self) -> None:
         if self.architecture != "topk":
             raise ValueError(f"unknown architecture {self.architecture!r} (valid: topk)")
+        if self.reference is not None and self.reference not in REFERENCES:
+            raise ValueError(f"unknown reference {self.reference!r} (valid: {', '.join(REFERENCES)}, or none)")
         if not 0 < self.k <= self.d_sae:
             raise ValueError(f"k {self.k} is not between 1 and d_sae {self.d_sae}")
         if not 0 < self.held_out_share < 1:
@@ -113,6 +120,8 @@ class TrainingRecipe:
 
     def to_yaml(self) -> str:
         data = asdict(self)
+        if self.reference is None:
+            del data["reference"]
         data["texts"] = [{k: v for k, v in source.items() if v not in (None, "")} for source in data["texts"]]
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110)
 

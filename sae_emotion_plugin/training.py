@@ -11,29 +11,33 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from sae_emotion_plugin.activations import activation_batches, canonical_hook, tokenize
+from sae_emotion_plugin.activation_store import ActivationStore, collect, content_key
+from sae_emotion_plugin.activations import canonical_hook
 from sae_emotion_plugin.evaluation import DictionaryReport, evaluate
-from sae_emotion_plugin.models import model_identity, weights_identity
+from sae_emotion_plugin.models import model_identity
 from sae_emotion_plugin.recipes import TrainingRecipe, read_documents
 from sae_emotion_plugin.registry import Provenance, RegistryEntry, SaeRecord, write_entry
 
 logger = logging.getLogger(__name__)
 
-# About 80 MB of float32 activations a shard at 640 dimensions: what an interrupt can cost.
-SHARD_TOKENS = 32_768
+SHUFFLED_MARK = "weights_shuffled"
+"""Attribute of a model whose weights were shuffled; recipes of such references accept no other."""
+FROZEN_PARTS: dict[str | None, Literal["decoder", "encoder"]] = {
+    "frozen-decoder": "decoder",
+    "frozen-encoder": "encoder",
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,19 @@ class TrainedDictionary:
     report: DictionaryReport
     sha256: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each file in the folder."""
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "TrainedDictionary":
+        """The dictionary that `train` wrote to `folder`. FileNotFoundError or ValueError for any other folder."""
+        folder = Path(folder)
+        if not (folder / "report.json").is_file():
+            raise FileNotFoundError(f"no trained dictionary in {folder}: it has no report.json")
+        recipe = TrainingRecipe.read(folder / "recipe.yaml")
+        return cls(folder, recipe, DictionaryReport.load(folder / "report.json"), file_hashes(folder))
+
+    def provenance(self) -> dict[str, Any]:
+        """What the dictionary was made from: model, texts, versions, seed."""
+        return json.loads((self.folder / "provenance.json").read_text(encoding="utf-8"))
 
 
 def train(
@@ -68,36 +85,66 @@ def train(
     out_dir = Path(out_dir)
     if out_dir.exists():
         raise ValueError(f"{out_dir} exists already: choose a folder that does not")
+    if recipe.reference == "random-directions":
+        raise ValueError(f"{recipe.name} is of random directions, which are not trained: train_references makes it")
+    if recipe.reference == "shuffled-weights" and not getattr(model, SHUFFLED_MARK, False):
+        raise ValueError(f"{recipe.name} reads a model with shuffled weights: train_references makes it")
     canonical_hook(model, recipe.hook_name)
-    training, held_out, provenance = _documents(recipe, model, Path(text_root))
+    training, held_out, sources = recipe_documents(recipe, model, Path(text_root))
     work = Path(work_dir) if work_dir else out_dir.with_name(out_dir.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
-    store = _collect(recipe, model, training, work, progress)
+    store = collect(recipe, model, training, work, progress)
     sae, mean, scale, log = _fit(recipe, store, model_identity(model)["name"], work)
+    return write_dictionary(
+        out_dir,
+        recipe,
+        model,
+        held_out,
+        lambda folder: _save_folded(sae, mean, scale, folder),
+        {"texts": sources, "training_tokens": len(store), "training": log},
+        progress=progress,
+    )
+
+
+def write_dictionary(
+    out_dir: Path,
+    recipe: TrainingRecipe,
+    model: Any,
+    held_out: list[str],
+    save_weights: Callable[[Path], None],
+    provenance: dict[str, Any],
+    *,
+    progress: bool = True,
+) -> TrainedDictionary:
+    """The dictionary whose weights `save_weights` writes, with its report, recipe and provenance; whole or not at all.
+
+    Args:
+        save_weights: writes `cfg.json` and `sae_weights.safetensors` into the folder that it is given.
+        provenance: what is added to the model, the seed and the versions.
+    """
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=out_dir.parent, prefix=f".{out_dir.name}-"))
     try:
-        _save_folded(sae, mean, scale, scratch)
+        save_weights(scratch)
         from sae_lens import SAE
 
         report = evaluate(model, SAE.load_from_disk(scratch), held_out, progress=progress)
         report.save(scratch / "report.json")
         (scratch / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        _write_json(
-            scratch / "provenance.json",
-            {
-                "model": model_identity(model),
-                "texts": provenance,
-                "training_tokens": len(store),
-                "held_out_documents": len(held_out),
-                "versions": {
-                    name: metadata.version(name) for name in ("sae-lens", "torch", "transformer-lens", "transformers")
-                },
-                "seed": recipe.seed,
-                "training": log,
+        record = {
+            "model": model_identity(model),
+            "held_out_documents": len(held_out),
+            "versions": {
+                name: metadata.version(name) for name in ("sae-lens", "torch", "transformer-lens", "transformers")
             },
-        )
-        os.chmod(scratch, 0o755)
+            "seed": recipe.seed,
+            **({"reference": recipe.reference} if recipe.reference else {}),
+            **provenance,
+        }
+        _write_json(scratch / "provenance.json", record)
+        for path in scratch.iterdir():
+            path.chmod(0o644)
+        scratch.chmod(0o755)
         os.replace(scratch, out_dir)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -111,7 +158,7 @@ def register_dictionary(trained: TrainedDictionary, folder: str | Path) -> Regis
         ValueError: the folder holds that release already, or a name in the recipe cannot stand in a registry.
     """
     recipe, report = trained.recipe, trained.report
-    provenance = json.loads((trained.folder / "provenance.json").read_text(encoding="utf-8"))
+    provenance = trained.provenance()
     identity = provenance["model"]
     entry = RegistryEntry(
         release=recipe.name,
@@ -150,7 +197,9 @@ def file_hashes(folder: Path) -> dict[str, str]:
     }
 
 
-def _documents(recipe: TrainingRecipe, model: Any, root: Path) -> tuple[list[str], list[str], list[dict[str, Any]]]:
+def recipe_documents(
+    recipe: TrainingRecipe, model: Any, root: Path
+) -> tuple[list[str], list[str], list[dict[str, Any]]]:
     """Training texts, held-out texts and the record of every file; whole documents on one side."""
     rng = np.random.default_rng(recipe.seed)
     training: list[str] = []
@@ -195,76 +244,12 @@ def _first_tokens(model: Any, texts: list[str], tokens: int) -> list[str]:
     return texts
 
 
-class ActivationStore:
-    """Float32 activations of many tokens in memory-mapped shards, read back in a seeded order, epoch after epoch."""
-
-    def __init__(self, shards: list[Path], key: str) -> None:
-        self.key = key
-        """Hash of the model, hook and texts that the activations come from."""
-        self.shards = [np.load(path, mmap_mode="r") for path in shards]
-        self.starts = np.r_[0, np.cumsum([len(shard) for shard in self.shards])]
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def rows(self, wanted: np.ndarray) -> Float[Tensor, "token d_in"]:
-        """The activations of some tokens, in ascending order of their number (a batch's order does not matter)."""
-        wanted = np.sort(wanted)
-        cuts = np.searchsorted(wanted, self.starts)
-        pieces = [
-            shard[wanted[low:high] - start]
-            for shard, start, low, high in zip(self.shards, self.starts[:-1], cuts[:-1], cuts[1:], strict=True)
-            if high > low
-        ]
-        return torch.from_numpy(np.concatenate(pieces))
-
-    def batches(self, batch_size: int, seed: int, first_step: int = 0) -> Iterator[Float[Tensor, "token d_in"]]:
-        """Endless shuffled batches; `first_step` skips what a resumed run has seen."""
-        steps = len(self) // batch_size
-        epoch, offset = divmod(first_step, steps)
-        while True:
-            order = np.random.default_rng([seed, epoch]).permutation(len(self))
-            for step in range(offset, steps):
-                yield self.rows(order[step * batch_size : (step + 1) * batch_size])
-            epoch, offset = epoch + 1, 0
-
-
-def _collect(recipe: TrainingRecipe, model: Any, texts: list[str], work: Path, progress: bool) -> ActivationStore:
-    """Activations of all texts, a shard of texts at a time; shards that are there already are kept."""
-    settings: dict[str, Any] = {"context_size": recipe.context_size, "prepend_bos": True}
-    windows = tokenize(model, texts, **settings)
-    key = _key(weights_identity(model), recipe.hook_name, settings, texts)
-    folder = work / f"activations-{key}"
-    folder.mkdir(exist_ok=True)
-    lengths = np.bincount(
-        [window.text_index for window in windows],
-        weights=[len(window.token_ids) - window.bos for window in windows],
-        minlength=len(texts),
-    )
-    bounds = np.searchsorted(np.cumsum(lengths), np.arange(0, lengths.sum(), SHARD_TOKENS)[1:])
-    # One text may fill several shards' worth: the shards that it skips would be empty.
-    pieces = [piece for piece in np.split(np.arange(len(texts)), bounds) if lengths[piece].sum()]
-    paths = []
-    for index, piece in enumerate(tqdm(pieces, desc="activations", unit="shard", disable=not progress)):
-        path = folder / f"{index:05d}.npy"
-        paths.append(path)
-        if path.is_file():
-            continue
-        batches = activation_batches(model, [texts[i] for i in piece], recipe.hook_name, progress=False, **settings)
-        vectors = torch.cat([batch.vectors.float().cpu() for batch in batches]).numpy()
-        partial = path.with_suffix(".partial.npy")
-        np.save(partial, vectors)
-        os.replace(partial, path)
-    return ActivationStore(paths, key)
-
-
 def _fit(
     recipe: TrainingRecipe, store: ActivationStore, model_name: str, work: Path
 ) -> tuple[Any, Float[Tensor, " d_in"], float, dict[str, Any]]:
     """The trained SAE in normalised space, with the mean and the one number that lead there."""
     from sae_lens import TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
-    from sae_lens.saes.sae import SAEMetadata
     from sae_lens.training.sae_trainer import SAETrainer
 
     from sae_emotion_plugin.architectures import SparseStepTopKTrainingSAE
@@ -285,19 +270,13 @@ def _fit(
         decoder_init_norm=1.0,
         rescale_acts_by_decoder_norm=True,
         aux_loss_coefficient=recipe.aux_loss_coefficient,
-        metadata=SAEMetadata(
-            model_name=model_name,
-            hook_name=recipe.hook_name,
-            context_size=recipe.context_size,
-            prepend_bos=True,
-            model_from_pretrained_kwargs={},
-        ),
+        metadata=sae_metadata(recipe, model_name),
     )
     # SAELens draws the first weights from torch's global generator, which is the user's afterwards as it was before.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        sae = SparseStepTopKTrainingSAE(config)
-    checkpoints = work / f"checkpoints-{_key(recipe.to_yaml(), store.key)}"
+        sae = SparseStepTopKTrainingSAE(config, frozen=FROZEN_PARTS.get(recipe.reference))
+    checkpoints = work / f"checkpoints-{content_key(recipe.to_yaml(), store.key)}"
     steps = max(1, int(len(store) * recipe.epochs) // recipe.batch_size)
     if len(store) < recipe.batch_size:
         raise ValueError(f"{len(store)} tokens are fewer than one batch of {recipe.batch_size}: more texts are needed")
@@ -327,8 +306,17 @@ def _fit(
     return sae, mean, scale, log
 
 
-def _key(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+def sae_metadata(recipe: TrainingRecipe, model_name: str) -> Any:
+    """The metadata by which SAELens and this package know where and how to read the recipe's activations."""
+    from sae_lens.saes.sae import SAEMetadata
+
+    return SAEMetadata(
+        model_name=model_name,
+        hook_name=recipe.hook_name,
+        context_size=recipe.context_size,
+        prepend_bos=True,
+        model_from_pretrained_kwargs={},
+    )
 
 
 def _mark_complete(checkpoint_path: Path | None) -> None:
@@ -368,8 +356,6 @@ def _save_folded(sae: Any, mean: Float[Tensor, " d_in"], scale: float, folder: P
     # The rows are unit vectors now: rescaling by their rounded norms would only add noise.
     config["rescale_acts_by_decoder_norm"] = False
     _write_json(folder / "cfg.json", config)
-    for path in folder.iterdir():
-        path.chmod(0o644)
 
 
 def _write_json(path: Path, data: Any) -> None:

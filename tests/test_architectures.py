@@ -1,3 +1,5 @@
+from typing import Literal
+
 import pytest
 import torch
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
@@ -40,6 +42,25 @@ def test_the_sparse_step_has_the_loss_the_codes_and_the_gradients_of_sae_lens(de
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None and expected[name].grad is not None
         torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(("frozen", "matrix"), [("decoder", "W_dec"), ("encoder", "W_enc")])
+def test_a_frozen_side_gets_no_gradient_and_the_others_get_theirs(
+    frozen: Literal["decoder", "encoder"], matrix: str
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 20)
+    config = TopKTrainingSAEConfig(d_in=20, d_sae=100, k=5, aux_loss_coefficient=0.1)
+    whole, ours = SparseStepTopKTrainingSAE(config), SparseStepTopKTrainingSAE(config, frozen=frozen)
+    ours.load_state_dict(whole.state_dict())
+    torch.testing.assert_close(step(ours, 7, x).loss, step(whole, 7, x).loss)
+    expected = dict(whole.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if name == matrix:
+            assert parameter.grad is None
+        else:
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.grad, expected[name].grad, msg=name)
 
 
 def test_a_token_with_negative_pre_activations_alone_gives_no_gradient_to_the_encoder() -> None:

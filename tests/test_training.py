@@ -12,11 +12,11 @@ from sae_lens import SAE
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
 
-from sae_emotion_plugin import registry, training
+from sae_emotion_plugin import activation_store, registry, training
 from sae_emotion_plugin.activations import activation_batches
 from sae_emotion_plugin.evaluation import DictionaryReport, evaluate
 from sae_emotion_plugin.recipes import TextSource, TrainingRecipe
-from sae_emotion_plugin.training import ActivationStore, TrainedDictionary, register_dictionary, train
+from sae_emotion_plugin.training import TrainedDictionary, recipe_documents, register_dictionary, train
 
 RECIPE = TrainingRecipe(
     name="tiny-emotion",
@@ -58,7 +58,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "SHARD_TOKENS", 300)
+    monkeypatch.setattr(activation_store, "SHARD_TOKENS", 300)
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +79,7 @@ def run(
 @pytest.fixture(scope="module")
 def trained(bridge: Any, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainedDictionary]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "SHARD_TOKENS", 300)
+        patch.setattr(activation_store, "SHARD_TOKENS", 300)
         yield run(bridge, root, tmp_path_factory.mktemp("trained") / "tiny", measured=True)
 
 
@@ -159,7 +159,7 @@ def test_plain_sae_lens_loads_the_folder_and_needs_to_know_nothing(
     assert sae.dtype == torch.float32 and sae.cfg.normalize_activations == "none"
     assert sae.cfg.metadata.hook_name == HOOK and sae.cfg.metadata.context_size == 16 and sae.cfg.metadata.prepend_bos
     assert sae.cfg.metadata.model_from_pretrained_kwargs == {}
-    held_out = training._documents(RECIPE, bridge, root)[1]
+    held_out = recipe_documents(RECIPE, bridge, root)[1]
     assert evaluate(bridge, sae, held_out, progress=False) == trained.report
 
 
@@ -193,7 +193,7 @@ def test_codes_and_reconstructions_equal_the_trainers_in_normalised_space(
 
 
 def test_no_document_is_on_both_sides(bridge: Any, root: Path, tmp_path: Path) -> None:
-    training_texts, held_out, _ = training._documents(RECIPE, bridge, root)
+    training_texts, held_out, _ = recipe_documents(RECIPE, bridge, root)
     for name, column in (("single.jsonl", None), ("novels.jsonl", "title")):
         rows = [json.loads(line) for line in (root / name).read_text().splitlines()]
         documents: dict[str, set[str]] = {}
@@ -207,7 +207,7 @@ def test_no_document_is_on_both_sides(bridge: Any, root: Path, tmp_path: Path) -
 
 def test_a_source_gives_the_tokens_asked_for_and_no_more_texts(bridge: Any, root: Path) -> None:
     recipe = replace(RECIPE, texts=(TextSource("single.jsonl", tokens=50),))
-    texts, held_out, _ = training._documents(recipe, bridge, root)
+    texts, held_out, _ = recipe_documents(recipe, bridge, root)
     lengths = [len(text.split()) for text in texts]
     assert 50 <= sum(lengths) < 50 + 12 and len(held_out) == 8
 
@@ -216,48 +216,6 @@ def test_a_source_with_one_document_cannot_keep_one_for_the_report(bridge: Any, 
     (tmp_path / "one.txt").write_text("he is joy")
     with pytest.raises(ValueError, match=r"one\.txt has 1 documents, too few to keep one for the report"):
         run(bridge, tmp_path, tmp_path / "out", replace(RECIPE, texts=(TextSource("one.txt"),)))
-
-
-def test_activations_come_back_whole_and_each_once_an_epoch(bridge: Any, root: Path, tmp_path: Path) -> None:
-    texts = training._documents(RECIPE, bridge, root)[0]
-    store = training._collect(RECIPE, bridge, texts, tmp_path, False)
-    assert len(store.shards) > 2
-    expected = torch.cat([b.vectors for b in activation_batches(bridge, texts, HOOK, context_size=16, progress=False)])
-    assert len(store) == len(expected) == sum(len(text.split()) for text in texts)
-    everything = store.rows(np.arange(len(store)))
-    torch.testing.assert_close(everything.sum(0), expected.sum(0), atol=1e-2, rtol=1e-3)
-    torch.testing.assert_close(everything.norm(dim=-1).sort()[0], expected.norm(dim=-1).sort()[0], atol=1e-4, rtol=1e-4)
-    wanted = np.array([700, 3, 299, 300])
-    assert torch.equal(store.rows(wanted), everything[np.sort(wanted)])
-
-
-def plain_store(folder: Path, n: int = 20) -> ActivationStore:
-    """Row i holds the number i."""
-    np.save(folder / "0.npy", np.arange(0, 8, dtype=np.float32)[:, None])
-    np.save(folder / "1.npy", np.arange(8, n, dtype=np.float32)[:, None])
-    return ActivationStore([folder / "0.npy", folder / "1.npy"], "key")
-
-
-def test_an_epoch_shows_each_token_once_in_an_order_of_the_seed(tmp_path: Path) -> None:
-    store = plain_store(tmp_path)
-
-    def epochs(seed: int, first_step: int = 0) -> list[list[float]]:
-        batches = store.batches(5, seed, first_step)
-        return [next(batches)[:, 0].tolist() for _ in range(8 - first_step)]
-
-    found = epochs(0)
-    for epoch in (found[:4], found[4:]):
-        assert sorted(token for batch in epoch for token in batch) == list(range(20))
-    assert found[:4] != found[4:] and found != epochs(1) and found == epochs(0)
-    for step in (3, 4, 6):
-        assert epochs(0, step) == found[step:]
-
-
-def test_a_text_longer_than_shards_is_collected_whole(bridge: Any, root: Path, tmp_path: Path) -> None:
-    rng = np.random.default_rng(1)
-    texts = [" ".join(rng.choice(WORDS[4:], size=700)), "he is joy", " ".join(rng.choice(WORDS[4:], size=650))]
-    store = training._collect(RECIPE, bridge, texts, tmp_path, False)
-    assert len(store) == 1353
 
 
 class Stop(Exception):
@@ -288,7 +246,7 @@ def test_a_run_interrupted_in_training_ends_with_the_weights_of_an_uninterrupted
         raise AssertionError("the activations were collected before")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "activation_batches", collected_already)
+        patch.setattr(activation_store, "activation_batches", collected_already)
         resumed = run(bridge, root, tmp_path / "tiny")
     assert_equal_weights(resumed, trained)
     log = json.loads((resumed.folder / "provenance.json").read_text())["training"]
@@ -300,7 +258,7 @@ def test_a_run_interrupted_in_training_ends_with_the_weights_of_an_uninterrupted
 def test_a_run_interrupted_while_collecting_keeps_its_shards(
     bridge: Any, root: Path, trained: TrainedDictionary, tmp_path: Path
 ) -> None:
-    real, calls = training.activation_batches, []
+    real, calls = activation_store.activation_batches, []
 
     def counted(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
@@ -309,7 +267,7 @@ def test_a_run_interrupted_while_collecting_keeps_its_shards(
         return real(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "activation_batches", counted)
+        patch.setattr(activation_store, "activation_batches", counted)
         with pytest.raises(Stop):
             run(bridge, root, tmp_path / "tiny")
         kept = sorted(path.name for path in (tmp_path / "tiny.work").rglob("*.npy"))

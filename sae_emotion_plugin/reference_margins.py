@@ -1,0 +1,274 @@
+"""Codes of a trained dictionary and of its references -> by how much its best features tell emotions apart better.
+
+The references (`reference_saes`) show the size of an effect. None is an empty null: their best features are expected
+to lie above an AUROC of 0.5, since the best of thousands of random directions reads emotion too. What is asked is how
+much training adds to that.
+"""
+
+import html
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Num
+
+from sae_emotion_plugin.discovery import score_features
+from sae_emotion_plugin.emotion_texts import LabelledTexts
+from sae_emotion_plugin.files import write_whole
+from sae_emotion_plugin.sparse_codes import Pooling, SparseCodes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MEAN = "mean"
+"""What stands for the emotion in the row of the mean over emotions."""
+FEWEST_GROUPS = 20
+RESAMPLED_CELLS_PER_CHUNK = 2_000_000
+
+
+@dataclass(frozen=True)
+class ReferenceMargin:
+    """One emotion's best features, the trained dictionary's and a reference's, on texts that did not choose them."""
+
+    reference: str
+    """Kind of the reference."""
+    emotion: str
+    """`mean` in the row of the mean over emotions."""
+    auroc: float
+    """Held-out AUROC of the trained dictionary's best feature."""
+    reference_auroc: float
+    """Held-out AUROC of the reference's best feature."""
+    margin: float
+    """The first minus the second."""
+    low: float
+    """Lower end of the margin's interval."""
+    high: float
+    """Upper end of the margin's interval."""
+    feature: int | None
+    """The trained dictionary's best feature; None in the row of the mean."""
+    reference_feature: int | None
+    """The reference's best feature; None in the row of the mean."""
+
+
+@dataclass(frozen=True, repr=False)
+class ReferenceMargins:
+    """For each reference the margin of each emotion and of their mean, and in `meta` how they were found."""
+
+    meta: dict[str, Any]
+    rows: tuple[ReferenceMargin, ...]
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The references, in order."""
+        return tuple(dict.fromkeys(row.reference for row in self.rows))
+
+    def of(self, reference: str, emotion: str = MEAN) -> ReferenceMargin:
+        """Returns the row of a reference and an emotion, or of the mean over emotions. ValueError if there is none."""
+        for row in self.rows:
+            if (row.reference, row.emotion) == (reference, emotion):
+                return row
+        emotions = dict.fromkeys(row.emotion for row in self.rows)
+        raise ValueError(
+            f"no margin over {reference!r} for {emotion!r} (valid: {', '.join(self.references)}; {', '.join(emotions)})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what JSON can hold: `{"meta": {...}, "rows": [{...}, ...]}`."""
+        return {"meta": self.meta, "rows": [asdict(row) for row in self.rows]}
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """Returns one line per row, columns named as the fields of `ReferenceMargin`."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(row) for row in self.rows], columns=[f.name for f in fields(ReferenceMargin)])
+
+    def save(self, path: str | Path) -> Path:
+        """Returns `path` after writing `to_dict()` there as JSON. FileNotFoundError when its folder does not exist."""
+        return write_whole(path, json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+
+    def _table(self) -> tuple[str, list[tuple[str, ...]]]:
+        summary = (
+            f"held-out AUROC of the best features, trained and reference; margin with its {self.meta['level']:.0%} "
+            f"interval over {self.meta['n_groups']} groups of held-out texts. References are no empty nulls: they "
+            "read emotion too"
+        )
+        return summary, [
+            (
+                row.reference,
+                row.emotion,
+                f"{row.auroc:.3f}",
+                f"{row.reference_auroc:.3f}",
+                f"{row.margin:+.3f} [{row.low:+.3f}, {row.high:+.3f}]",
+            )
+            for row in self.rows
+        ]
+
+    def __repr__(self) -> str:
+        summary, cells = self._table()
+        widths = [max(map(len, column)) for column in zip(TABLE_HEAD, *cells, strict=True)]
+        lines = (
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in (TABLE_HEAD, *cells)
+        )
+        return "\n".join([summary, *lines])
+
+    def _repr_html_(self) -> str:
+        summary, cells = self._table()
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in TABLE_HEAD)
+        lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in cells)
+        body = "".join(f"<tr>{line}</tr>" for line in lines)
+        return f"<table><caption>{html.escape(summary)}</caption><tr>{head}</tr>{body}</table>"
+
+
+TABLE_HEAD = ("reference", "emotion", "trained", "reference", "margin")
+
+
+def reference_margins(
+    codes: Mapping[str, SparseCodes],
+    held_out_codes: Mapping[str, SparseCodes],
+    texts: LabelledTexts,
+    held_out: LabelledTexts,
+    *,
+    trained: str = "trained",
+    emotions: Sequence[str] | None = None,
+    pooling: Pooling = "max",
+    groups: Sequence[Hashable] | np.ndarray | None = None,
+    level: float = 0.95,
+    resamples: int = 2_000,
+    seed: int = 0,
+) -> ReferenceMargins:
+    """Returns the margin of the dictionary `trained` over every other one in `codes`, for each emotion and on average.
+
+    Each dictionary's best feature of an emotion is the one with the highest AUROC on `texts`; what is compared is its
+    AUROC on `held_out`. The interval is a percentile bootstrap over groups of held-out texts with the same draws for
+    both dictionaries: it covers other texts of this kind, not another training seed.
+
+    Args:
+        codes: of `texts`, by the dictionary's name; `held_out_codes` those of `held_out` under the same names.
+        groups: what varies independently, a name for each held-out text (its document); by default groups of
+            near-duplicates.
+
+    Raises:
+        ValueError: names that differ, no reference, an emotion with fewer than 20 groups in or out of class in
+            `held_out`, and what `score_features` refuses.
+    """
+    if trained not in codes:
+        raise ValueError(f"no codes named {trained!r} (valid: {', '.join(codes)})")
+    names = [trained, *(name for name in codes if name != trained)]
+    if len(names) < 2:
+        raise ValueError(f"no reference beside {trained!r}: a margin needs codes of at least one")
+    if set(names) != set(held_out_codes):
+        raise ValueError(f"the held-out codes are of {', '.join(held_out_codes)}, the others of {', '.join(names)}")
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}")
+    member = np.asarray(held_out.duplicate_groups) if groups is None else _numbered(groups)
+    if len(member) != len(held_out):
+        raise ValueError(f"{len(held_out)} held-out texts, but {len(member)} groups")
+    columns, best, chosen = [], {}, ()
+    for name in names:
+        scores = score_features(
+            codes[name], texts, held_out=(held_out_codes[name], held_out), pooling=pooling, top=1, emotions=emotions
+        )
+        chosen, best[name] = scores.emotions, [row.feature for row in scores.rows]
+        columns.append(held_out_codes[name].pooled(pooling).tocsc()[:, best[name]].toarray())
+    labels = np.array([[emotion in own for emotion in chosen] for own in held_out.emotions], dtype=bool)
+    _check_groups(labels, member, chosen)
+    values, positives = np.concatenate(columns, axis=1), np.tile(labels, len(names))
+    shape = (len(names), len(chosen))
+    found = weighted_aurocs(values, positives, np.ones((1, len(held_out)))).reshape(shape)
+    drawn = resampled_aurocs(values, positives, member, resamples=resamples, seed=seed).reshape(-1, *shape)
+    rows = []
+    for n, name in enumerate(names[1:], start=1):
+        margins = drawn[:, 0] - drawn[:, n]
+        means = (float(found[0].mean()), float(found[n].mean()), margins.mean(axis=1), None, None)
+        each = [
+            (float(found[0, e]), float(found[n, e]), margins[:, e], best[trained][e], best[name][e])
+            for e in range(len(chosen))
+        ]
+        for emotion, (ours, theirs, spread, feature, other) in zip((MEAN, *chosen), (means, *each), strict=True):
+            low, high = np.quantile(spread, [(1 - level) / 2, (1 + level) / 2])
+            rows.append(
+                ReferenceMargin(name, emotion, ours, theirs, ours - theirs, float(low), float(high), feature, other)
+            )
+    meta = {
+        "trained": trained,
+        "emotions": list(chosen),
+        "pooling": pooling,
+        "level": level,
+        "resamples": resamples,
+        "seed": seed,
+        "n_texts": {"train": len(texts), "held_out": len(held_out)},
+        "n_groups": len(np.unique(member)),
+        "d_sae": {name: codes[name].d_sae for name in names},
+    }
+    return ReferenceMargins(meta, tuple(rows))
+
+
+def resampled_aurocs(
+    values: Num[np.ndarray, "text column"],
+    positives: Bool[np.ndarray, "text column"],
+    groups: Int[np.ndarray, "text"],
+    *,
+    resamples: int,
+    seed: int,
+) -> Float[np.ndarray, "resample column"]:
+    """Returns the AUROC of every column in resamples of whole groups of texts, the same draws for all columns.
+
+    ValueError when a resample leaves a column a single class: its texts lie in too few groups.
+    """
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    _, member = np.unique(groups, return_inverse=True)
+    n_groups = int(member.max()) + 1
+    rng = np.random.default_rng(seed)
+    step = max(1, RESAMPLED_CELLS_PER_CHUNK // len(values))
+    parts = []
+    for first in range(0, resamples, step):
+        draws = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=min(step, resamples - first))
+        parts.append(weighted_aurocs(values, positives, draws[:, member].astype(np.float64)))
+    return np.concatenate(parts)
+
+
+def weighted_aurocs(
+    values: Num[np.ndarray, "text column"],
+    positives: Bool[np.ndarray, "text column"],
+    weights: Float[np.ndarray, "resample text"],
+) -> Float[np.ndarray, "resample column"]:
+    """Returns the AUROC of every column, ties counting one half, when a text counts as often as its weight says.
+
+    ValueError for weights that leave a column a single class.
+    """
+    found = np.empty((len(weights), values.shape[1]))
+    for column, (value, positive) in enumerate(zip(values.T, positives.T, strict=True)):
+        order = np.argsort(value, kind="stable")
+        starts = np.flatnonzero(np.r_[True, np.diff(value[order]) != 0])
+        ordered = weights[:, order]
+        in_class = np.add.reduceat(ordered * positive[order], starts, axis=1)
+        out = np.add.reduceat(ordered, starts, axis=1) - in_class
+        pairs = in_class.sum(axis=1) * out.sum(axis=1)
+        if not pairs.all():
+            raise ValueError(f"a resample leaves column {column} a single class: its texts lie in too few groups")
+        below = np.cumsum(out, axis=1) - out
+        found[:, column] = (in_class * (below + out / 2)).sum(axis=1) / pairs
+    return found
+
+
+def _check_groups(
+    labels: Bool[np.ndarray, "text emotion"], member: Int[np.ndarray, "text"], emotions: Sequence[str]
+) -> None:
+    few = []
+    for emotion, positive in zip(emotions, labels.T, strict=True):
+        n_in, n_out = (len(np.unique(member[side])) for side in (positive, ~positive))
+        if min(n_in, n_out) < FEWEST_GROUPS:
+            few.append(f"{emotion} ({n_in} in, {n_out} out)")
+    if few:
+        raise ValueError(f"too few groups of held-out texts for {', '.join(few)}: at least {FEWEST_GROUPS} are needed")
+
+
+def _numbered(names: np.ndarray | Sequence[Hashable]) -> Int[np.ndarray, "text"]:
+    number: dict[Hashable, int] = {}
+    plain = names.tolist() if isinstance(names, np.ndarray) else names
+    return np.array([number.setdefault(name, len(number)) for name in plain], dtype=np.int64)
