@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse
 from jaxtyping import Bool, Float, Int
-from scipy.stats import binom, binomtest
+from scipy.stats import binom, binomtest, poisson
 
 from sae_emotion_plugin.association import ENTRIES_PER_CHUNK, benjamini_hochberg, common_enough
 from sae_emotion_plugin.stratified import (
@@ -30,7 +30,7 @@ FIRING_BOUNDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 5_000)
 COARSEST_STEP = 0.1
 """Steps of more standard deviations than this make p values lumpy, so that they cannot be uniform in the middle."""
 N_BINS = 1_000
-STANDARD_ERRORS = 3.0
+SURELY_DISHONEST = 1e-4
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Tail:
     observed: int
     expected: float
     """`threshold * tests`: fewer is conservative, more is dishonest."""
-    ratio_low: float
-    """`observed / expected` less three standard errors, which come from the spread between permutations."""
+    chance: float
+    """Of so many or more by luck; the tests of one permutation depend on each other, which counts."""
 
     @property
     def ratio(self) -> float:
@@ -54,8 +54,8 @@ class Tail:
 
     @property
     def honest(self) -> bool:
-        """Whether the ratio is at most 1 within three standard errors."""
-        return self.ratio_low <= 1
+        """Whether what was observed is not surely too much."""
+        return self.chance >= SURELY_DISHONEST
 
 
 @dataclass(frozen=True, repr=False)
@@ -239,13 +239,12 @@ class _Counts:
         for group in np.flatnonzero(tests):
             for i, threshold in enumerate(TAIL_THRESHOLDS):
                 counts, expected = self.below[i, :, group], threshold * tests[group]
-                # Tests of one run depend on each other: runs are the independent units. A single run is as Poisson.
-                spread = counts.var(ddof=1) * runs if runs > 1 else 0.0
-                error = np.sqrt(max(spread, counts.sum()))
-                low = (counts.sum() - STANDARD_ERRORS * error) / expected
-                found.append(
-                    Tail(names[group], threshold, int(tests[group]), int(counts.sum()), float(expected), float(low))
-                )
+                # Tests of one run depend on each other, so that counts come in clumps: clumps are as Poisson.
+                mean = counts.mean()
+                clump = max(1.0, counts.var(ddof=1) / mean) if runs > 1 and mean > 0 else 1.0
+                observed = int(counts.sum())
+                chance = float(poisson.sf(np.ceil(observed / clump) - 1, expected / clump))
+                found.append(Tail(names[group], threshold, int(tests[group]), observed, float(expected), chance))
         return tuple(found)
 
 

@@ -49,7 +49,18 @@ def auroc_above(
     """Returns a one-sided test of AUROC <= `null` for every feature (column) and label against the rest.
 
     The variance is DeLong's (1988): that of the placements (of each text, the share of the other class that it
-    beats, ties counting one half), and not the one under AUROC 0.5. Texts are the units, lengths are not matched.
+    beats, ties counting one half), and not the one under AUROC 0.5. It is taken to the logit of the AUROC (Pepe
+    2003, section 5.2) and to a t distribution with Brunner and Munzel's (2000) degrees of freedom, because near the
+    ends a large AUROC has a small estimated variance. Texts are the units, and lengths are not matched.
+
+    Measured size at an AUROC of exactly 0.60, over the level, with 39 positives and 800 others in 60,000 data sets:
+    an always active feature 0.99, 0.93, 1.05, 0.67 at levels 0.05, 0.01, 0.001, 0.0001 (without logit and t:
+    1.22, 1.74, 3.70, 10.33); one that fires in 90 % of the texts 1.00, 1.01, 1.20, 1.83; with 20 positives at most
+    1.00, 0.99, 1.30, 1.83; rarer features are below their level throughout. So a p below 0.001 of a feature that
+    fires nearly always may be twice too small when positives are as few as 20 to 39. Nothing is claimed (p is 1)
+    for fewer than `fewest_positives` positives, or fewer than `fewest_firing_in` of them in which the feature fires.
+
+    Memory and errors as in `sparse_auroc`; ValueError also for a `null` outside (0, 1).
     """
     if not 0 < null < 1:
         raise ValueError(f"null must lie between 0 and 1, got {null}")

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import false_discovery_control, mannwhitneyu, norm
 
-from sae_emotion_plugin.association import SMALLEST_P, auroc, benjamini_hochberg, sparse_auroc
+from sae_emotion_plugin.association import (
+    SMALLEST_P,
+    auroc,
+    benjamini_hochberg,
+    common_enough,
+    holm,
+    sparse_auroc,
+    sparse_average_precision,
+)
 
 
 def auroc_by_pairs(scores: np.ndarray, positives: np.ndarray) -> float:
@@ -201,3 +209,82 @@ def test_q_values_at_the_edges() -> None:
 def test_q_values_refuse_what_is_no_p_value(wrong: float) -> None:
     with pytest.raises(ValueError, match=f"got {wrong}"):
         benjamini_hochberg(np.array([0.5, wrong]))
+
+
+def average_precision_by_loop(scores: np.ndarray, positives: np.ndarray) -> float:
+    """As in scikit-learn: over falling thresholds, the gain in recall times the precision there."""
+    found, recall = 0.0, 0.0
+    for threshold in np.unique(scores)[::-1]:
+        above = scores >= threshold
+        now = positives[above].sum() / positives.sum()
+        found, recall = found + (now - recall) * positives[above].mean(), now
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dense=arrays(np.float32, (11, 4), elements=st.sampled_from([0.0, 0.0, 0.5, 1.5, 7.0])),
+    labels=arrays(np.bool_, (11, 2)).filter(lambda x: bool((x.any(axis=0) & ~x.all(axis=0)).all())),
+    entries_per_chunk=st.integers(1, 40),
+)
+def test_average_precision_equals_a_plain_loop_whatever_the_ties_and_chunks(
+    dense: np.ndarray, labels: np.ndarray, entries_per_chunk: int
+) -> None:
+    found = sparse_average_precision(scipy.sparse.csr_matrix(dense), labels, entries_per_chunk=entries_per_chunk)
+    for label in range(2):
+        for feature in range(4):
+            expected = average_precision_by_loop(dense[:, feature], labels[:, label])
+            assert found[label, feature] == pytest.approx(expected, abs=1e-12)
+
+
+def test_average_precision_of_a_perfect_a_constant_and_a_silent_feature() -> None:
+    labels = np.arange(50)[:, None] < 5
+    dense = np.stack([labels[:, 0] * np.arange(1.0, 51), np.full(50, 2.0), np.zeros(50)], axis=1)
+    found = sparse_average_precision(scipy.sparse.csr_matrix(dense), labels)
+    assert found[0].tolist() == pytest.approx([1.0, 0.1, 0.1])
+
+
+def test_many_random_columns_have_the_average_precision_of_a_plain_loop() -> None:
+    rng = np.random.default_rng(6)
+    dense = (rng.gamma(1, size=(300, 9)) * (rng.random((300, 9)) < np.linspace(0.01, 1, 9))).astype(np.float32)
+    labels = rng.random((300, 3)) < [0.05, 0.4, 0.9]
+    found = sparse_average_precision(scipy.sparse.csc_matrix(dense), labels)
+    expected = [[average_precision_by_loop(column, label) for column in dense.T] for label in labels.T]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_float32_and_float64_values_are_ordered_alike() -> None:
+    rng = np.random.default_rng(7)
+    tiny = np.finfo(np.float32)
+    dense = rng.choice([0, tiny.smallest_subnormal, tiny.tiny, 1, 1 + tiny.eps, tiny.max], size=(80, 6))
+    labels = rng.random((80, 2)) < 0.5
+    narrow, wide = (sparse_auroc(scipy.sparse.csr_matrix(dense.astype(kind)), labels) for kind in ("f4", "f8"))
+    assert np.array_equal(narrow.auroc, wide.auroc) and np.array_equal(narrow.p, wide.p)
+
+
+def test_holm_equals_the_definition_and_statsmodels_numbers() -> None:
+    p = np.array([[0.01, 0.04], [0.03, 0.005]])
+    # statsmodels.stats.multitest.multipletests(p, method="holm")
+    np.testing.assert_allclose(holm(p), [[0.03, 0.06], [0.06, 0.02]])
+    random = np.random.default_rng(1).random(30) ** 4
+    random[3] = random[4]
+    order = np.argsort(random)
+    expected = [min(1, max(random[order[j]] * (30 - j) for j in range(i + 1))) for i in range(30)]
+    np.testing.assert_allclose(holm(random)[order], expected, rtol=1e-12)
+    assert (holm(random) >= benjamini_hochberg(random)).all()
+    assert holm(np.array([])).shape == (0,)
+    with pytest.raises(ValueError, match="got nan"):
+        holm(np.array([0.5, np.nan]))
+
+
+def test_labels_with_too_few_texts_are_refused_by_name_or_skipped() -> None:
+    labels = np.arange(60)[:, None] < [19, 20, 41, 30]
+    names = ("grief", "relief", "neutral", "joy")
+    with pytest.raises(ValueError, match=r"grief \(19 in, 41 out\), neutral \(41 in, 19 out\): each label needs 20"):
+        common_enough(labels, names)
+    assert common_enough(labels, names, skip_rare=True).tolist() == [1, 3]
+    assert common_enough(labels, names, fewest=19).tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="too few texts for grief"):
+        common_enough(labels[:, :1], names[:1], skip_rare=True)
+    with pytest.raises(ValueError, match="4 labels, but 1 names"):
+        common_enough(labels, names[:1])

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 import scipy.sparse
+from scipy.special import erfc
 
+import sae_emotion_plugin.calibration as calibration_module
 from sae_emotion_plugin.association import benjamini_hochberg
 from sae_emotion_plugin.calibration import Calibration, calibrate
 from sae_emotion_plugin.stratified import length_strata, stratified_mann_whitney
@@ -73,22 +75,19 @@ def test_each_run_equals_the_pipeline_on_labels_permuted_by_hand() -> None:
 
 
 def test_a_dishonest_p_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    from scipy.special import erfc
 
-    import sae_emotion_plugin.calibration as module
-
-    def normal_p(ranked, design, deviation, *, fewest_firing):  # noqa: ANN001, ANN202
+    def normal_p(ranked, design, deviation, *, fewest_firing):
         sd = np.sqrt(np.maximum(ranked.second @ design.second, 1e-12))
         return erfc(np.abs(deviation) / sd / np.sqrt(2))
 
     matrix, labels, strata = planted(0)
-    monkeypatch.setattr(module, "permutation_p", normal_p)
+    monkeypatch.setattr(calibration_module, "permutation_p", normal_p)
     found = calibrate(matrix, labels, strata, label_names=NAMES, permutations=60, seed=1)
     assert not found.holds
     assert found.runs_with_discovery > 7
     assert "DOES NOT HOLD" in repr(found) and "!" in repr(found)
-    rare = [tail for tail in found.by_firing if tail.group == "10 to 19" and tail.threshold == 1e-4]
-    assert rare[0].ratio > 10 and not rare[0].honest
+    grief = [tail for tail in found.by_label if tail.group == "grief (39)"]
+    assert grief[-1].ratio > 10 and not grief[-1].honest
 
 
 def test_calibration_is_repeatable_and_does_not_depend_on_the_chunks() -> None:
