@@ -205,7 +205,9 @@ def _estimates(
 
 def _combine(part: Sequence[tuple[np.ndarray, np.ndarray]], signs: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Returns the signed sum of the methods' values, and its standard error over the slots."""
-    used = [(sign, values, pulls) for sign, (values, pulls) in zip(signs, part, strict=True) if sign]
-    pulls = sum((sign * pulls for sign, _, pulls in used), start=np.zeros(()))
-    values = sum((sign * values for sign, values, _ in used), start=np.zeros(()))
-    return values, pulls.std(axis=1, ddof=1) / np.sqrt(pulls.shape[1]) if pulls.shape[1] > 1 else values * 0
+    weights = np.array([float(sign) for sign in signs])
+    used = [i for i, sign in enumerate(signs) if sign]  # a curve that misses the cost is NaN, also times 0
+    values = weights[used] @ np.stack([part[i][0] for i in used])
+    pulls = np.tensordot(weights[used], np.stack([part[i][1] for i in used]), axes=1)
+    n_slots = pulls.shape[1]
+    return values, np.sqrt((pulls**2).sum(axis=1) / (n_slots * (n_slots - 1)))
