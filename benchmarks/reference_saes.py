@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--labelled", type=int, default=8_000, help="labelled texts that choose the features")
     parser.add_argument("--d-sae", type=int)
     parser.add_argument("--held-out-share", type=float, default=0.005, help="share of the documents for the reports")
+    parser.add_argument("--loss-tokens", type=int, default=2_000, help="tokens for the reports' cross-entropies")
     parser.add_argument("--resamples", type=int, default=2_000)
     parser.add_argument("--work", type=Path, default=Path("reference_saes"))
     options = parser.parse_args()
@@ -72,7 +73,14 @@ def main() -> None:
     with timed("model"):
         model = load_model(recipe.model)
     with timed("training"):
-        made = train_references(recipe, model, options.texts, options.work / "saes", work_dir=options.work / "work")
+        made = train_references(
+            recipe,
+            model,
+            options.texts,
+            options.work / "saes",
+            work_dir=options.work / "work",
+            loss_tokens=options.loss_tokens,
+        )
     with timed("codes"):
         codes, held_out_codes = encode_references(made, model, texts, held_out, cache=options.work / "codes")
     with timed("margins"):

@@ -51,6 +51,7 @@ def train_references(
     *,
     work_dir: str | Path | None = None,
     kinds: Sequence[str] = REFERENCES,
+    loss_tokens: int = 10_000,
     progress: bool = True,
 ) -> dict[str, TrainedDictionary]:
     """The dictionary that `recipe` makes, under the name `trained`, and the references of these kinds, by kind.
@@ -58,7 +59,8 @@ def train_references(
     Each is a folder `<out_dir>/<name>` that plain SAELens loads, with its report, and with recipe and provenance that
     name the kind. All read the activations in `work_dir` (by default `<out_dir>.work`), collected once; those of the
     shuffled model are collected beside them. A folder that is complete is kept, and an interrupted training goes on,
-    when this is called again. `model` stays as it is; its shuffled copy needs as much memory again.
+    when this is called again. `model` stays as it is; its shuffled copy needs as much memory again. `loss_tokens` as
+    in `train`.
 
     Raises:
         ValueError, FileNotFoundError: an unknown kind, a recipe of a reference, a folder there that holds something
@@ -72,6 +74,7 @@ def train_references(
     out_dir, text_root = Path(out_dir), Path(text_root)
     work = Path(work_dir) if work_dir else out_dir.with_name(out_dir.name + ".work")
     training, held_out, sources = recipe_documents(recipe, model, text_root)
+    options: dict[str, Any] = {"loss_tokens": loss_tokens, "progress": progress}
     made: dict[str, TrainedDictionary] = {}
     for name in (TRAINED, *(kind for kind in REFERENCES if kind in kinds)):
         own = recipe if name == TRAINED else replace(recipe, name=f"{recipe.name}-{name}", reference=name)
@@ -83,10 +86,10 @@ def train_references(
             made[name] = _kept(folder, own, {"model": identity, "texts": sources, "firing_rates_of": matched})
         elif name == "random-directions":
             store = collect(recipe, model, training, work, progress)
-            made[name] = _random_directions(made[TRAINED], own, model, store, held_out, sources, folder, progress)
+            made[name] = _random_directions(made[TRAINED], own, model, store, held_out, sources, folder, **options)
         else:
             read = shuffled_model(model, recipe.seed) if shuffled else model
-            made[name] = train(own, read, text_root, folder, work_dir=work, progress=progress)
+            made[name] = train(own, read, text_root, folder, work_dir=work, **options)
     return made
 
 
@@ -219,7 +222,7 @@ def _random_directions(
     held_out: list[str],
     sources: list[dict[str, Any]],
     folder: Path,
-    progress: bool,
+    **options: Any,
 ) -> TrainedDictionary:
     from sae_lens import SAE
 
@@ -236,7 +239,7 @@ def _random_directions(
     def save(path: Path) -> None:
         sae.save_model(path)
 
-    return write_dictionary(folder, recipe, model, held_out, save, provenance, progress=progress)
+    return write_dictionary(folder, recipe, model, held_out, save, provenance, **options)
 
 
 def _kept(folder: Path, recipe: TrainingRecipe, provenance: dict[str, Any]) -> TrainedDictionary:

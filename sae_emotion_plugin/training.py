@@ -71,6 +71,7 @@ def train(
     out_dir: str | Path,
     *,
     work_dir: str | Path | None = None,
+    loss_tokens: int = 10_000,
     progress: bool = True,
 ) -> TrainedDictionary:
     """The dictionary made by `recipe` from the texts under `text_root`, written to `out_dir`.
@@ -78,6 +79,9 @@ def train(
     Activations go to `work_dir` (by default `<out_dir>.work`) in shards, and training leaves checkpoints there: an
     interrupted run goes on where it was when called again. `out_dir` appears when it is complete. Two runs with one
     seed on one machine give equal weights.
+
+    Args:
+        loss_tokens: the report's cross-entropies are measured on about this many tokens (see `evaluate`).
 
     Raises:
         ValueError, FileNotFoundError: `out_dir` exists, a text file is missing, or the model lacks the hook.
@@ -102,6 +106,7 @@ def train(
         held_out,
         lambda folder: _save_folded(sae, mean, scale, folder),
         {"texts": sources, "training_tokens": len(store), "training": log},
+        loss_tokens=loss_tokens,
         progress=progress,
     )
 
@@ -114,6 +119,7 @@ def write_dictionary(
     save_weights: Callable[[Path], None],
     provenance: dict[str, Any],
     *,
+    loss_tokens: int = 10_000,
     progress: bool = True,
 ) -> TrainedDictionary:
     """The dictionary whose weights `save_weights` writes, with its report, recipe and provenance; whole or not at all.
@@ -128,7 +134,7 @@ def write_dictionary(
         save_weights(scratch)
         from sae_lens import SAE
 
-        report = evaluate(model, SAE.load_from_disk(scratch), held_out, progress=progress)
+        report = evaluate(model, SAE.load_from_disk(scratch), held_out, loss_tokens=loss_tokens, progress=progress)
         report.save(scratch / "report.json")
         (scratch / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         record = {
