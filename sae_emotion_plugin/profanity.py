@@ -42,6 +42,8 @@ JAPANESE_STEMS = (
     "てめえ",
     "くたばれ",
 )
+# Lone consonants ("ㅅㅂ") have another form after normalisation.
+_STEMS_ANYWHERE = tuple(unicodedata.normalize("NFKC", stem) for stem in (*KOREAN_STEMS, *JAPANESE_STEMS))
 _WORD = re.compile(r"[^\W_]+(?:[*@#$%!\u2019'\-]+[^\W_]+)*[*@#$%]*")
 _DIGITS = str.maketrans({"1": "i", "!": "i", "3": "e", "4": "a", "@": "a", "0": "o", "$": "s", "5": "s"})
 _STARRED = re.compile(
@@ -55,7 +57,7 @@ def is_profane(text: str) -> bool:
     korean = text
     for innocent in NOT_PROFANE_KOREAN:
         korean = korean.replace(innocent, "")
-    if any(stem in korean for stem in (*KOREAN_STEMS, *JAPANESE_STEMS)):
+    if any(stem in korean for stem in _STEMS_ANYWHERE):
         return True
     return any(_is_profane_word(found[0]) for found in _WORD.finditer(text.lower()))
 

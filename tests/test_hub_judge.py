@@ -58,7 +58,7 @@ def test_names_of_classes_that_are_not_there_or_become_one_are_refused(tmp_path:
     folder = str(classifier(tmp_path / "c", ["joy", "anger"], None))
     with pytest.raises(ValueError, match="no class 'fear'; it has joy, anger"):
         hub_judge(folder, names={"fear": "fear"})
-    with pytest.raises(ValueError, match="two classes of .* have one name: joy, joy"):
+    with pytest.raises(ValueError, match=r"two classes of .* have one name: joy, joy"):
         hub_judge(folder, names={"anger": "joy"})
 
 

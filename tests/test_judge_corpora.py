@@ -84,5 +84,5 @@ def test_the_hash_changes_with_a_text_and_with_a_label(tmp_path: Path) -> None:
 
 
 def test_a_missing_corpus_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no xed_en/train.jsonl.gz in"):
+    with pytest.raises(FileNotFoundError, match=r"no xed_en/train\.jsonl\.gz in"):
         read_xed(tmp_path)

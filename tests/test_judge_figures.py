@@ -67,4 +67,4 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="must be finite, got nan"):
         auroc_figure("joy", "", np.where(positives, np.nan, 1.0), positives, np.arange(40))
     with pytest.raises(ValueError, match="40 scores, 40 labels and 39 groups"):
-        auroc_figure("joy", "", np.ones(40), positives, np.arange(39))
+        auroc_figure("joy", "", np.ones(40), positives, list(range(39)))

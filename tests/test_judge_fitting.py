@@ -76,8 +76,8 @@ def test_the_matrix_has_the_features_of_each_text_in_its_row() -> None:
 def corpus(texts: list[str], documents: list[int] | None) -> JudgeTexts:
     targets = np.arange(len(texts))[:, None] % 2 == 0
     return JudgeTexts(
-        "mine", tuple(texts), ("joy",), targets, np.ones_like(targets), None if documents is None else np.array(documents),
-        "",
+        "mine", tuple(texts), ("joy",), targets, np.ones_like(targets),
+        None if documents is None else np.array(documents), "",
     )  # fmt: skip
 
 

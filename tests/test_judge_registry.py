@@ -21,7 +21,7 @@ def test_a_judge_is_loaded_by_its_name() -> None:
 
 @pytest.mark.parametrize("ask", [load_judge, judge_language, stored_figures])
 def test_an_unknown_name_is_refused_with_the_known_ones(ask: object) -> None:
-    with pytest.raises(ValueError, match="no judge 'ghost'; choose from vader, .*xed-words, or hub:owner/name"):
+    with pytest.raises(ValueError, match=r"no judge 'ghost'; choose from vader, .*xed-words, or hub:owner/name"):
         ask("ghost")  # type: ignore[operator]
 
 
@@ -30,7 +30,7 @@ def test_korean_has_its_own_judges() -> None:
 
 
 def test_japanese_is_answered_with_what_is_missing_and_what_to_do() -> None:
-    with pytest.raises(ValueError, match="no openly licensed Japanese texts.*hub:owner/name"):
+    with pytest.raises(ValueError, match=r"no openly licensed Japanese texts.*hub:owner/name"):
         judges_for("ja")
 
 

