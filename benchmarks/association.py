@@ -19,10 +19,10 @@ import numpy as np
 import scipy.sparse
 from scipy.stats import mannwhitneyu
 
-from sae_emotion_plugin.association import benjamini_hochberg, sparse_auroc, sparse_average_precision
-from sae_emotion_plugin.calibration import calibrate
-from sae_emotion_plugin.placements import auroc_above
-from sae_emotion_plugin.stratified import length_strata, stratified_mann_whitney
+from sae_emotion_plugin.evidence.association import benjamini_hochberg, sparse_auroc, sparse_average_precision
+from sae_emotion_plugin.evidence.calibration import calibrate
+from sae_emotion_plugin.evidence.placements import auroc_above
+from sae_emotion_plugin.evidence.stratified import length_strata, stratified_mann_whitney
 
 MEAN_RATE = 0.03
 

@@ -118,6 +118,7 @@ def features(prompt: str, model: str, dictionary: str, top: int, each_token: boo
     help="How a text's tokens make one number; 'choose' picks by cross-validation inside TRAIN.",
 )
 @click.option("--top", default=50, show_default=True, help="Features kept for each label.")
+@click.option("--skip-rare", is_flag=True, help="Leave out labels with fewer than 20 texts instead of refusing them.")
 @click.option("--seed", default=0, show_default=True, help="Seed of every split.")
 @json_option
 def discover(
@@ -132,6 +133,7 @@ def discover(
     emotions: tuple[str, ...],
     pooling: str,
     top: int,
+    skip_rare: bool,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -160,6 +162,7 @@ def discover(
         pooling=pooling,  # pyright: ignore[reportArgumentType] (click has checked it)
         emotions=emotions or None,
         top=top,
+        skip_rare=skip_rare,
         seed=seed,
         cache=cache_folder() / "codes",
     )

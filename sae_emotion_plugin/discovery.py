@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Bool, Int, Num
 from scipy.sparse import csr_matrix
 
-from sae_emotion_plugin.association import benjamini_hochberg, sparse_auroc
 from sae_emotion_plugin.emotion_texts import LabelledTexts
+from sae_emotion_plugin.evidence.association import FEWEST_POSITIVES, common_enough, sparse_auroc
+from sae_emotion_plugin.evidence.stratified import length_strata, stratified_mann_whitney
 from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.sparse_codes import Pooling, SparseCodes
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 CANDIDATE_POOLINGS: tuple[Pooling, ...] = ("max", "mean", "last")
 FEWEST_PER_CLASS = 2
+MOST_STRATA, TEXTS_PER_STRATUM = 20, 50
 FEATURES_PER_LOGIT_CHUNK = 64
 ROWS_SHOWN_PER_EMOTION = 3
 
@@ -39,7 +41,7 @@ class FeatureScore:
     held_out_auroc: float | None
     """On texts that had no part in the choice; None when there were none."""
     p: float
-    """Two-sided Mann-Whitney p on the training texts."""
+    """Two-sided p on the training texts, of the Mann-Whitney test within strata of length; 1 for a feature too rare."""
     q: float
     """Benjamini-Hochberg over every tested (feature, emotion) pair."""
     rate_in: float
@@ -174,6 +176,8 @@ def score_features(
     pooling: Pooling = "max",
     top: int = 50,
     emotions: Sequence[str] | None = None,
+    fewest_positives: int = FEWEST_POSITIVES,
+    skip_rare: bool = False,
     seed: int = 0,
 ) -> FeatureScores:
     """Returns the `top` features of each emotion by training AUROC, with their held-out AUROC beside it.
@@ -182,12 +186,13 @@ def score_features(
     makes one number of a feature's activations in a text: the largest, the mean or sum over its tokens, or
     the last token's. Without `held_out`, half of the texts are held out (`texts.split(0.5, seed)`, which
     keeps near-duplicates together). The choice of features, `auroc`, `p`, `q`, `rate_in` and `rate_out` use
-    the training texts only, `held_out_auroc` the held-out texts only. p is two-sided (Mann-Whitney), q is
-    Benjamini-Hochberg over every emotion x every feature that is active in at least one training text; other
-    features get no row.
+    the training texts only, `held_out_auroc` the held-out texts only. p and q are those of
+    `evidence.stratified`: within strata of equal length, so that length cannot pass for an emotion, and over
+    every emotion x every feature that fires in enough training texts. Features without any get no row.
 
-    ValueError for texts of a single class, emotions that are unknown or have fewer than 2 texts in or out
-    of class on either side, codes of other texts or of another dictionary, and an unknown pooling.
+    ValueError for texts of a single class, emotions that are unknown or have fewer than `fewest_positives`
+    training texts in or out of class (left out instead with `skip_rare`) or fewer than 2 held-out ones, codes
+    of other texts or of another dictionary, and an unknown pooling.
     """
     if top < 1:
         raise ValueError(f"top must be at least 1, got {top}")
@@ -204,16 +209,23 @@ def score_features(
         if ours != theirs:
             raise ValueError(f"the training codes are of {ours}, the held-out codes of {theirs}")
     chosen = _checked_emotions(emotions, texts)
-    labels, held_out_labels = _labels_of(train_texts, chosen), _labels_of(held_out_texts, chosen)
-    _check_enough(labels, chosen, "training")
+    labels = _labels_of(train_texts, chosen)
+    if labels.all():
+        raise ValueError(f"all {len(labels)} training texts are of a single class: {', '.join(chosen)}")
+    common = common_enough(labels, chosen, fewest=fewest_positives, skip_rare=skip_rare)
+    skipped = [emotion for i, emotion in enumerate(chosen) if i not in common]
+    chosen, labels = tuple(chosen[i] for i in common), labels[:, common]
+    held_out_labels = _labels_of(held_out_texts, chosen)
     _check_enough(held_out_labels, chosen, "held-out")
 
-    found = sparse_auroc(train_codes.pooled(pooling), labels)
+    pooled = train_codes.pooled(pooling)
+    found = sparse_auroc(pooled, labels)
     active = np.flatnonzero(found.rate_in[0] + found.rate_out[0])
     if len(active) == 0:
         raise ValueError("no feature is active in any training text")
-    q = np.ones_like(found.p)
-    q[:, active] = benjamini_hochberg(found.p[:, active])
+    lengths = np.bincount(train_codes.text_index, minlength=len(train_texts))
+    strata = length_strata(lengths, max(1, min(MOST_STRATA, len(train_texts) // TEXTS_PER_STRATUM)))
+    tested = stratified_mann_whitney(pooled, labels, strata)
     best = active[np.argsort(-found.auroc[:, active], axis=1, kind="stable")[:, :top]]
     held_out_matrix = held_out_codes.pooled(pooling).tocsc()
     rows, firsts = [], []
@@ -226,8 +238,8 @@ def score_features(
                 feature=int(feature),
                 auroc=float(found.auroc[i, feature]),
                 held_out_auroc=float(on_held_out.auroc[0, rank]),
-                p=float(found.p[i, feature]),
-                q=float(q[i, feature]),
+                p=float(tested.p[i, feature]),
+                q=float(tested.q[i, feature]),
                 rate_in=float(found.rate_in[i, feature]),
                 rate_out=float(found.rate_out[i, feature]),
             )
@@ -248,7 +260,9 @@ def score_features(
             "held_out": dict(zip(chosen, held_out_labels.sum(axis=0).tolist(), strict=True)),
         },
         "texts_on_both_sides": shared_texts,
-        "n_tests": len(active) * len(chosen),
+        "skipped_rare": skipped,
+        "length_strata": int(strata.max()) + 1,
+        "n_tests": int(tested.tested.sum()) * len(chosen),
         "n_active_features": len(active),
         "mean_best_held_out_auroc": float(np.mean(firsts)),
     }

@@ -32,6 +32,7 @@ def discover(
     pooling: Pooling | Literal["choose"] = "max",
     emotions: Sequence[str] | None = None,
     top: int = 50,
+    skip_rare: bool = False,
     seed: int = 0,
     cache: str | Path | None = None,
     progress: bool = True,
@@ -42,6 +43,7 @@ def discover(
     left out and counted. With pooling `choose`, the pooling is chosen by cross-validation inside the training texts.
 
     Args:
+        skip_rare: leave out emotions with fewer than 20 training texts in or out of class instead of refusing them.
         cache: folder that keeps the codes, so that an interrupted run goes on (see `encode_texts`).
 
     Raises:
@@ -54,7 +56,14 @@ def discover(
     )
     chosen = choose_pooling(codes, train, seed, emotions=emotions) if pooling == "choose" else pooling
     scores = score_features(
-        codes, train, held_out=(held_out_codes, held_out), pooling=chosen, top=top, emotions=emotions, seed=seed
+        codes,
+        train,
+        held_out=(held_out_codes, held_out),
+        pooling=chosen,
+        top=top,
+        emotions=emotions,
+        skip_rare=skip_rare,
+        seed=seed,
     )
     identity = model_identity(model)
     meta = {

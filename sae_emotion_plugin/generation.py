@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from sae_emotion_plugin.activations import HookedModel, model_device
 from sae_emotion_plugin.generations import Generation, Generations, Part
 from sae_emotion_plugin.interventions import SteeringPlan, check_plan, row_steering
-from sae_emotion_plugin.judges import valence
+from sae_emotion_plugin.judges.judge import valence
 from sae_emotion_plugin.likelihoods import backing_off, continuation_nll, keeps_logits, padded
 from sae_emotion_plugin.models import model_identity
 from sae_emotion_plugin.sparse_codes import checked_hook, token_settings

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sae_emotion_plugin.evidence.resampling import bootstrap_mean_interval
 from sae_emotion_plugin.files import write_whole
-from sae_emotion_plugin.resampling import bootstrap_mean_interval
 
 if TYPE_CHECKING:
     import pandas

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import false_discovery_control, mannwhitneyu, norm
 
-from sae_emotion_plugin.association import (
+from sae_emotion_plugin.evidence.association import (
     SMALLEST_P,
     auroc,
     benjamini_hochberg,

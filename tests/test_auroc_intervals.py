@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from sae_emotion_plugin import resampling
-from sae_emotion_plugin.association import auroc
-from sae_emotion_plugin.auroc_intervals import _auroc_and_error, _ranked, auroc_interval, compare_aurocs
-from sae_emotion_plugin.resampling import Interval
+from sae_emotion_plugin.evidence import resampling
+from sae_emotion_plugin.evidence.association import auroc
+from sae_emotion_plugin.evidence.auroc_intervals import _auroc_and_error, _ranked, auroc_interval, compare_aurocs
+from sae_emotion_plugin.evidence.resampling import Interval
 
 
 def planted(
@@ -66,7 +66,7 @@ def test_repeating_each_text_within_its_document_does_not_narrow_the_interval() 
 def test_small_chunks_give_the_same_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     scores, positives, document = planted(np.random.default_rng(3))
     whole = auroc_interval(scores, positives, groups=document, resamples=200, seed=4)
-    monkeypatch.setattr("sae_emotion_plugin.auroc_intervals.RESAMPLED_CELLS_PER_CHUNK", 400)
+    monkeypatch.setattr("sae_emotion_plugin.evidence.auroc_intervals.RESAMPLED_CELLS_PER_CHUNK", 400)
     assert auroc_interval(scores, positives, groups=document, resamples=200, seed=4) == whole
     monkeypatch.setattr(resampling, "RESAMPLED_CELLS_PER_CHUNK", 300)
     assert auroc_interval(scores, positives, groups=document, resamples=200, seed=4) == whole

@@ -3,10 +3,10 @@ import pytest
 import scipy.sparse
 from scipy.special import erfc
 
-import sae_emotion_plugin.calibration as calibration_module
-from sae_emotion_plugin.association import benjamini_hochberg
-from sae_emotion_plugin.calibration import Calibration, calibrate
-from sae_emotion_plugin.stratified import length_strata, stratified_mann_whitney
+import sae_emotion_plugin.evidence.calibration as calibration_module
+from sae_emotion_plugin.evidence.association import benjamini_hochberg
+from sae_emotion_plugin.evidence.calibration import Calibration, calibrate
+from sae_emotion_plugin.evidence.stratified import length_strata, stratified_mann_whitney
 
 N_TEXTS = 1_200
 

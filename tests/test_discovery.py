@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from sae_emotion_plugin.association import auroc, benjamini_hochberg, sparse_auroc
 from sae_emotion_plugin.discovery import (
     FEATURES_PER_LOGIT_CHUNK,
     FeatureScore,
@@ -18,6 +17,8 @@ from sae_emotion_plugin.discovery import (
     with_tokens,
 )
 from sae_emotion_plugin.emotion_texts import LabelledTexts
+from sae_emotion_plugin.evidence.association import auroc, sparse_auroc
+from sae_emotion_plugin.evidence.stratified import stratified_mann_whitney
 from sae_emotion_plugin.sparse_codes import Pooling, SparseCodes
 
 D_SAE = 40
@@ -117,8 +118,8 @@ def test_rows_equal_a_plain_computation_on_dense_codes(train: tuple, held_out: t
         np.array([[emotion in each for emotion in emotions] for each in texts.emotions])
         for texts in (train[1], held_out[1])
     )
-    p = sparse_auroc(scipy.sparse.csr_matrix(on_train[:, active]), labels).p
-    q = benjamini_hochberg(p)
+    one_stratum = np.zeros(len(labels), dtype=np.int64)  # all texts have one length
+    expected = stratified_mann_whitney(scipy.sparse.csr_matrix(on_train), labels, one_stratum)
     assert len(scores.rows) == 12
     for i, emotion in enumerate(emotions):
         by_auroc = sorted(active, key=lambda feature: -auroc(on_train[:, feature], labels[:, i]))
@@ -129,8 +130,31 @@ def test_rows_equal_a_plain_computation_on_dense_codes(train: tuple, held_out: t
             assert row.auroc == pytest.approx(auroc(on_train[:, row.feature], labels[:, i]))
             assert row.held_out_auroc == pytest.approx(auroc(on_held_out[:, row.feature], held_out_labels[:, i]))
             assert (row.rate_in, row.rate_out) == pytest.approx(((inside > 0).mean(), (outside > 0).mean()))
-            assert row.p == pytest.approx(p[i, active.index(row.feature)])
-            assert row.q == pytest.approx(q[i, active.index(row.feature)])
+            assert row.p == pytest.approx(expected.p[i, row.feature])
+            assert row.q == pytest.approx(expected.q[i, row.feature])
+
+
+def test_a_feature_that_follows_length_alone_is_no_emotion_feature() -> None:
+    texts = make_texts(1000)
+    rng = np.random.default_rng(0)
+    is_joy = np.array(["joy" in labels for labels in texts.emotions])
+    lengths = rng.integers(3, 12, size=1000) + 6 * is_joy * (rng.random(1000) < 0.7)
+    text_index = np.repeat(np.arange(1000), lengths)
+    dense = rng.gamma(1.0, size=(len(text_index), D_SAE)) * (rng.random((len(text_index), D_SAE)) < 0.03)
+    long_text = 7
+    dense[:, long_text] = rng.random(len(text_index)) * (rng.random(len(text_index)) < 0.3)
+    codes = codes_of(dense, text_index, 1000)
+    (of_joy,) = (row for row in score_features(codes, texts, top=D_SAE).top("joy", D_SAE) if row.feature == long_text)
+    unstratified = sparse_auroc(codes.pooled("max"), is_joy[:, None])
+    assert unstratified.p[0, long_text] < 1e-6 and of_joy.auroc > 0.58
+    assert of_joy.p > 1e-3
+
+
+def test_a_rare_emotion_is_left_out_when_asked(train: tuple, held_out: tuple) -> None:
+    codes, texts = train
+    rare = relabelled(texts, [(*labels, "awe") if i < 5 else labels for i, labels in enumerate(texts.emotions)])
+    found = score_features(codes, rare, held_out=held_out, skip_rare=True)
+    assert found.emotions == ("anger", "joy") and found.meta["skipped_rare"] == ["awe"]
 
 
 def test_meta_tells_how_the_scores_were_made(scores: FeatureScores) -> None:
@@ -144,6 +168,8 @@ def test_meta_tells_how_the_scores_were_made(scores: FeatureScores) -> None:
         "n_texts": {"train": 120, "held_out": 60},
         "class_counts": {"train": {"anger": 60, "joy": 60}, "held_out": {"anger": 30, "joy": 30}},
         "texts_on_both_sides": 0,
+        "skipped_rare": [],
+        "length_strata": 1,
         "n_tests": 2 * (D_SAE - 2),
         "n_active_features": D_SAE - 2,
         "mean_best_held_out_auroc": pytest.approx(np.mean(best)),
@@ -239,7 +265,7 @@ def test_texts_that_cannot_be_scored_are_refused_by_name(train: tuple, held_out:
     with pytest.raises(ValueError, match="training texts are of a single class: joy"):
         score_features(codes, relabelled(texts, [("joy",)] * 120))
     rare = relabelled(texts, [("joy", "awe") if i == 0 else ("joy",) if i < 60 else () for i in range(120)])
-    with pytest.raises(ValueError, match=r"too few training texts for awe \(1 in, 119 out\): each emotion needs 2"):
+    with pytest.raises(ValueError, match=r"too few texts for awe \(1 in, 119 out\): each label needs 20"):
         score_features(codes, rare, held_out=held_out)
     with pytest.raises(ValueError, match=r"too few held-out texts for anger \(0 in, 60 out\)"):
         one_sided = relabelled(held_out[1], [("joy",) if i < 30 else () for i in range(60)])

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from sae_emotion_plugin.dose_curves import (
+from sae_emotion_plugin.evidence.dose_curves import (
     DoseCurve,
     DosePoint,
     best_effect_up_to,

@@ -4,8 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from sae_emotion_plugin.dose_curves import DoseCurve, DosePoint
-from sae_emotion_plugin.equal_cost import compare_at_cost, compare_frontiers, effect_at_cost, frontier_area
+from sae_emotion_plugin.evidence.dose_curves import DoseCurve, DosePoint
+from sae_emotion_plugin.evidence.equal_cost import compare_at_cost, compare_frontiers, effect_at_cost, frontier_area
 
 DOSES = (0.5, 1.0, 1.5, 2.0)
 
@@ -140,7 +140,7 @@ def test_empty_continuations_are_left_out_and_counted() -> None:
 def test_small_chunks_give_the_same_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     curve = planted(np.random.default_rng(9))
     whole = effect_at_cost(curve, 1.25, resamples=100, seed=0)
-    monkeypatch.setattr("sae_emotion_plugin.equal_cost.CELLS_PER_CHUNK", 400)
+    monkeypatch.setattr("sae_emotion_plugin.evidence.equal_cost.CELLS_PER_CHUNK", 400)
     assert effect_at_cost(curve, 1.25, resamples=100, seed=0) == whole
 
 

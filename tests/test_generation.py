@@ -19,7 +19,7 @@ from sae_emotion_plugin.generation import (
 )
 from sae_emotion_plugin.generations import Generations
 from sae_emotion_plugin.interventions import Intervention, SteeringPlan, steering
-from sae_emotion_plugin.judges import valence
+from sae_emotion_plugin.judges.judge import valence
 from sae_emotion_plugin.likelihoods import continuation_nll
 from sae_emotion_plugin.text_costs import is_degenerate
 

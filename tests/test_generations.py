@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sae_emotion_plugin.evidence.resampling import geometric_mean
 from sae_emotion_plugin.generations import Generation, Generations, perplexity_ratio, summary
-from sae_emotion_plugin.resampling import geometric_mean
 
 ROW = Generation(
     prompt="he is such a",

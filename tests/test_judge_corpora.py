@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sae_emotion_plugin.judge_corpora import (
+from sae_emotion_plugin.judges.corpora import (
     BASIC_EMOTIONS,
     KOTE_LABELS,
     XED_EMOTIONS,

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from sae_emotion_plugin.judge_figures import auroc_figure
+from sae_emotion_plugin.judges.figures import auroc_figure
 
 
 def plain_auroc(scores: np.ndarray, positives: np.ndarray) -> float:

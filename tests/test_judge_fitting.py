@@ -6,10 +6,10 @@ import pytest
 import scipy.sparse
 from test_judge_corpora import write_rows
 
-from sae_emotion_plugin import judge_fitting
-from sae_emotion_plugin.judge_corpora import JudgeTexts
-from sae_emotion_plugin.judge_fitting import fit_logistic, learn_vocabulary, refit, split, tfidf_matrix
-from sae_emotion_plugin.linear_judges import NgramSettings, judge_facts, linear_judge, tfidf
+from sae_emotion_plugin.judges import fitting as judge_fitting
+from sae_emotion_plugin.judges.corpora import JudgeTexts
+from sae_emotion_plugin.judges.fitting import fit_logistic, learn_vocabulary, refit, split, tfidf_matrix
+from sae_emotion_plugin.judges.linear import NgramSettings, judge_facts, linear_judge, tfidf
 
 WORDS = NgramSettings("word", 1, 1)
 

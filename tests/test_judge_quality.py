@@ -4,8 +4,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from sae_emotion_plugin.association import auroc
-from sae_emotion_plugin.judge_quality import (
+from sae_emotion_plugin.evidence.association import auroc
+from sae_emotion_plugin.judges.judge import Judge, Judgements, vader_judge
+from sae_emotion_plugin.judges.names import load_judge
+from sae_emotion_plugin.judges.quality import (
     EMOTIONS,
     generation_quality,
     generations_facts,
@@ -13,8 +15,6 @@ from sae_emotion_plugin.judge_quality import (
     quality,
     quality_table,
 )
-from sae_emotion_plugin.judge_registry import load_judge
-from sae_emotion_plugin.judges import Judge, Judgements, vader_judge
 
 
 def lengths() -> Judge:

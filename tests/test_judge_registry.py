@@ -2,8 +2,8 @@ import logging
 
 import pytest
 
-from sae_emotion_plugin import judge_registry
-from sae_emotion_plugin.judge_registry import judge_language, judge_names, judges_for, load_judge, stored_figures
+from sae_emotion_plugin.judges import names as judge_registry
+from sae_emotion_plugin.judges.names import judge_language, judge_names, judges_for, load_judge, stored_figures
 
 
 def test_every_judge_that_comes_with_the_package_has_a_language_and_vader_alone_no_figures() -> None:

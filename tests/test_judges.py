@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from sae_emotion_plugin.judges import Judge, Judgements, emotion_lexicon, vader_judge, valence
+from sae_emotion_plugin.judges.judge import Judge, Judgements, emotion_lexicon, vader_judge, valence
 
 
 def test_valence_orders_a_friendly_a_plain_and_a_hostile_text() -> None:

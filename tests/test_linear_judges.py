@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sae_emotion_plugin.linear_judges import (
+from sae_emotion_plugin.judges.linear import (
     SHIPPED,
     NgramModel,
     NgramSettings,

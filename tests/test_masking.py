@@ -3,8 +3,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from sae_emotion_plugin.judges import Judge, Judgements, vader_judge
-from sae_emotion_plugin.masking import BLANK, Mask, emotion_mask, masked_change
+from sae_emotion_plugin.judges.judge import Judge, Judgements, vader_judge
+from sae_emotion_plugin.judges.masking import BLANK, Mask, emotion_mask, masked_change
 
 
 @pytest.mark.parametrize(

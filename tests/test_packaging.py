@@ -95,12 +95,12 @@ def test_the_constraints_pin_every_dependency_within_its_range() -> None:
 
 
 def test_no_module_is_over_four_hundred_lines() -> None:
-    for path in (ROOT / "sae_emotion_plugin").glob("*.py"):
+    for path in (ROOT / "sae_emotion_plugin").rglob("*.py"):
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path.name
 
 
 def test_weights_are_never_unpickled_and_remote_code_is_never_trusted() -> None:
-    for path in (ROOT / "sae_emotion_plugin").glob("*.py"):
+    for path in (ROOT / "sae_emotion_plugin").rglob("*.py"):
         source = path.read_text(encoding="utf-8")
         assert not re.search(r"trust_remote_code\s*=\s*True|pickle\.load|allow_pickle\s*=\s*True", source), path.name
         for call in re.findall(r"torch\.load\([^)]*\)", source):

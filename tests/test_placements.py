@@ -3,8 +3,8 @@ import pytest
 import scipy.sparse
 from scipy.stats import brunnermunzel
 
-from sae_emotion_plugin.association import checked_columns, sorted_chunks
-from sae_emotion_plugin.placements import auroc_above, logit_p, placement_variances
+from sae_emotion_plugin.evidence.association import checked_columns, sorted_chunks
+from sae_emotion_plugin.evidence.placements import auroc_above, logit_p, placement_variances
 
 
 def placements_by_loop(values: np.ndarray, positive: np.ndarray) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 import pytest
 
-from sae_emotion_plugin.profanity import is_profane
+from sae_emotion_plugin.judges.profanity import is_profane
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,10 @@ def test_quickstart_and_test_are_the_first_commands_of_the_readme() -> None:
 def test_every_module_stands_in_the_module_map() -> None:
     table = TEXT.split("## Modules")[1].split("## Licences")[0]
     package = README.parent / "sae_emotion_plugin"
-    modules = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
+    paths = {path.relative_to(package).with_suffix("") for path in package.rglob("*.py")}
+    modules = {".".join(path.parts) for path in paths if path.name not in ("__init__", "__main__")}
     named = set(
-        re.findall(r"`(\w+)`", " ".join(row.split("|")[1] for row in table.splitlines() if row.startswith("|")))
+        re.findall(r"`([\w.]+)`", " ".join(row.split("|")[1] for row in table.splitlines() if row.startswith("|")))
     )
     assert named == modules
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sae_emotion_plugin import resampling
-from sae_emotion_plugin.resampling import (
+from sae_emotion_plugin.evidence import resampling
+from sae_emotion_plugin.evidence.resampling import (
     Comparison,
     Interval,
     bootstrap_mean_interval,

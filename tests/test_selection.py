@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sae_emotion_plugin.association import auroc
 from sae_emotion_plugin.emotion_texts import LabelledTexts, without_overlap
-from sae_emotion_plugin.selection import (
+from sae_emotion_plugin.evidence.association import auroc
+from sae_emotion_plugin.evidence.selection import (
     HeldOut,
     Ledger,
     Look,

@@ -9,11 +9,11 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from sae_emotion_plugin import sentence_judge as module
-from sae_emotion_plugin.judge_quality import generation_quality
-from sae_emotion_plugin.judges import valence
-from sae_emotion_plugin.linear_judges import save_judge, sha256
-from sae_emotion_plugin.sentence_judge import encoder_folder, has_encoder, sentence_encoder, sentence_judge
+from sae_emotion_plugin.judges import sentence as module
+from sae_emotion_plugin.judges.judge import valence
+from sae_emotion_plugin.judges.linear import save_judge, sha256
+from sae_emotion_plugin.judges.quality import generation_quality
+from sae_emotion_plugin.judges.sentence import encoder_folder, has_encoder, sentence_encoder, sentence_judge
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "good", "bad", "day", "not")
 

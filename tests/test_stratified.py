@@ -6,8 +6,8 @@ import pytest
 import scipy.sparse
 from scipy.stats import hypergeom, mannwhitneyu, rankdata
 
-from sae_emotion_plugin.association import sparse_auroc
-from sae_emotion_plugin.stratified import (
+from sae_emotion_plugin.evidence.association import sparse_auroc
+from sae_emotion_plugin.evidence.stratified import (
     Design,
     checked_strata,
     length_strata,

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from sae_emotion_plugin.judges import Judge, Judgements
-from sae_emotion_plugin.linear_judges import (
+from sae_emotion_plugin.judges.judge import Judge, Judgements
+from sae_emotion_plugin.judges.linear import (
     SHIPPED,
     judge_facts,
     judge_of,

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
-from sae_emotion_plugin.resampling import (
+from sae_emotion_plugin.evidence.resampling import (
     RESAMPLED_CELLS_PER_CHUNK,
     Comparison,
     Interval,

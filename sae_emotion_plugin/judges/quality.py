@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool
 
-from sae_emotion_plugin.judge_figures import auroc_figure
-from sae_emotion_plugin.judge_registry import judge_language, judge_names, load_judge, stored_figures
-from sae_emotion_plugin.judges import VALENCE, Figure, Judge
-from sae_emotion_plugin.profanity import is_profane
+from sae_emotion_plugin.judges.figures import auroc_figure
+from sae_emotion_plugin.judges.judge import VALENCE, Figure, Judge
+from sae_emotion_plugin.judges.names import judge_language, judge_names, load_judge, stored_figures
+from sae_emotion_plugin.judges.profanity import is_profane
 
 if TYPE_CHECKING:
     import pandas

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Bool, Float, Int, Num
 
-from sae_emotion_plugin.association import (
+from sae_emotion_plugin.evidence.association import (
     ENTRIES_PER_CHUNK,
     SMALLEST_P,
     SortedChunk,
@@ -18,7 +18,7 @@ from sae_emotion_plugin.association import (
     checked_columns,
     sorted_chunks,
 )
-from sae_emotion_plugin.permutation_tails import log_saddlepoint_tail, pearson_tail
+from sae_emotion_plugin.evidence.permutation_tails import log_saddlepoint_tail, pearson_tail
 
 FEWEST_FIRING = 10
 SADDLEPOINT_BELOW = 1e-3

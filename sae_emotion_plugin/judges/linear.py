@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from sae_emotion_plugin.files import write_whole
-from sae_emotion_plugin.judges import VALENCE, Figure, Judge, Judgements
+from sae_emotion_plugin.judges.judge import VALENCE, Figure, Judge, Judgements
 
 Unit = Literal["word", "character"]
 SHIPPED = Path(str(files("sae_emotion_plugin") / "data" / "judges"))

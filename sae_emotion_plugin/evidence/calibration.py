@@ -12,8 +12,8 @@ import scipy.sparse
 from jaxtyping import Bool, Float, Int
 from scipy.stats import binom, binomtest, poisson
 
-from sae_emotion_plugin.association import ENTRIES_PER_CHUNK, benjamini_hochberg, common_enough
-from sae_emotion_plugin.stratified import (
+from sae_emotion_plugin.evidence.association import ENTRIES_PER_CHUNK, benjamini_hochberg, common_enough
+from sae_emotion_plugin.evidence.stratified import (
     FEWEST_FIRING,
     Design,
     RankScores,

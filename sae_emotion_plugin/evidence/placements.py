@@ -11,7 +11,7 @@ import scipy.sparse
 from jaxtyping import Bool, Float, Int, Num
 from scipy.special import stdtr
 
-from sae_emotion_plugin.association import (
+from sae_emotion_plugin.evidence.association import (
     ENTRIES_PER_CHUNK,
     FEWEST_POSITIVES,
     SMALLEST_P,

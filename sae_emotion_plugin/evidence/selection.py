@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Bool, Int, Num
 
 from sae_emotion_plugin.emotion_texts import LabelledTexts
+from sae_emotion_plugin.evidence.resampling import Interval, bootstrap_mean_interval
 from sae_emotion_plugin.files import write_whole
-from sae_emotion_plugin.resampling import Interval, bootstrap_mean_interval
 from sae_emotion_plugin.text_splits import comparison_key, near_duplicate_groups, stratified_folds
 
 logger = logging.getLogger(__name__)

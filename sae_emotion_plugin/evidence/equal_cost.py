@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sae_emotion_plugin.dose_curves import (
+from sae_emotion_plugin.evidence.dose_curves import (
     CurveStatistic,
     DoseCurve,
     best_effect_up_to,
@@ -24,7 +24,7 @@ from sae_emotion_plugin.dose_curves import (
     slot_means,
     value_and_pulls,
 )
-from sae_emotion_plugin.resampling import (
+from sae_emotion_plugin.evidence.resampling import (
     Comparison,
     Interval,
     check_resampling,

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
-from sae_emotion_plugin.judges import Figure
+from sae_emotion_plugin.judges.judge import Figure
 
 FEWEST = 10
 """Texts on either side below which no AUROC is stated."""

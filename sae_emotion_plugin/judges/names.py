@@ -3,10 +3,10 @@
 import logging
 from typing import Any
 
-from sae_emotion_plugin.hub_judge import hub_judge
-from sae_emotion_plugin.judges import Figure, Judge, vader_judge
-from sae_emotion_plugin.linear_judges import fitted_names, judge_facts, linear_judge
-from sae_emotion_plugin.sentence_judge import has_encoder, sentence_judge
+from sae_emotion_plugin.judges.hub import hub_judge
+from sae_emotion_plugin.judges.judge import Figure, Judge, vader_judge
+from sae_emotion_plugin.judges.linear import fitted_names, judge_facts, linear_judge
+from sae_emotion_plugin.judges.sentence import has_encoder, sentence_judge
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from jaxtyping import Bool, Float, Int
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from sae_emotion_plugin.association import auroc
-from sae_emotion_plugin.judge_corpora import BASIC_EMOTIONS, CORPORA, XED_EMOTIONS, JudgeTexts, only
-from sae_emotion_plugin.judge_figures import auroc_figure
-from sae_emotion_plugin.judges import VALENCE, Figure
-from sae_emotion_plugin.linear_judges import (
+from sae_emotion_plugin.evidence.association import auroc
+from sae_emotion_plugin.judges.corpora import BASIC_EMOTIONS, CORPORA, XED_EMOTIONS, JudgeTexts, only
+from sae_emotion_plugin.judges.figures import auroc_figure
+from sae_emotion_plugin.judges.judge import VALENCE, Figure
+from sae_emotion_plugin.judges.linear import (
     NgramModel,
     NgramSettings,
     ngrams,
@@ -28,8 +28,8 @@ from sae_emotion_plugin.linear_judges import (
     sigmoid,
     tfidf,
 )
-from sae_emotion_plugin.linear_judges import sha256 as file_sha256
-from sae_emotion_plugin.sentence_judge import encoder_folder, sentence_encoder
+from sae_emotion_plugin.judges.linear import sha256 as file_sha256
+from sae_emotion_plugin.judges.sentence import encoder_folder, sentence_encoder
 from sae_emotion_plugin.text_splits import near_duplicate_groups, stratified_held_out
 
 logger = logging.getLogger(__name__)

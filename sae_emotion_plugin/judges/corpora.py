@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from sae_emotion_plugin.judges import NEGATIVE_EMOTIONS, POSITIVE_EMOTIONS, VALENCE
+from sae_emotion_plugin.judges.judge import NEGATIVE_EMOTIONS, POSITIVE_EMOTIONS, VALENCE
 from sae_emotion_plugin.text_rows import file_rows
 
 Row = Mapping[str, Any]

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from sae_emotion_plugin.judges import Judge, emotion_lexicon
-from sae_emotion_plugin.profanity import is_profane
-from sae_emotion_plugin.resampling import Interval, bootstrap_mean_interval
+from sae_emotion_plugin.evidence.resampling import Interval, bootstrap_mean_interval
+from sae_emotion_plugin.judges.judge import Judge, emotion_lexicon
+from sae_emotion_plugin.judges.profanity import is_profane
 
 BLANK = "___"
 """What stands where a word was: no judge knows it, and n-grams do not run across it."""

@@ -1,0 +1,1 @@
+"""Judges of generated text, none of which has seen what features are selected on, and how good each of them is."""
