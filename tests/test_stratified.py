@@ -124,11 +124,10 @@ def test_p_of_a_feature_with_two_values_is_twice_the_hypergeometric_tail(n_in: i
         dense[n - (fires - k) :, column] = 1
     p = stratified_mann_whitney(scipy.sparse.csr_matrix(dense), labels, np.zeros(n, dtype=int)).p[0]
     exact = np.minimum(2 * hypergeom.sf(np.array(both) - 1, n, fires, n_in), 1)
-    small = exact < 1e-3
+    small = exact < 5e-3
     assert small.any() and exact.min() < 1e-10
     np.testing.assert_allclose(p[small], exact[small], rtol=0.1)
-    # Three moments alone are too careful rather than too bold.
-    assert (p[~small] > 0.95 * exact[~small]).all() and (p[~small] < 2 * exact[~small]).all()
+    assert (p[~small] > 0.9 * exact[~small]).all() and (p[~small] < 1.5 * exact[~small]).all()
 
 
 @pytest.mark.parametrize("n_in", [39, 88])
@@ -176,12 +175,12 @@ def test_one_stratum_and_many_texts_equal_scipys_mann_whitney_with_continuity() 
 def test_a_length_confound_is_significant_without_strata_and_not_with_them() -> None:
     rng = np.random.default_rng(3)
     n = 8_000
-    length = np.maximum(3, rng.poisson(rng.gamma(4, 4, n)))
+    length = rng.integers(3, 31, n)
     # Longer texts carry the label more often, and the feature fires on length alone.
-    labels = rng.random((n, 2)) < np.stack([np.clip(length / 60, 0.02, 0.9), np.full(n, 0.3)], axis=1)
+    labels = rng.random((n, 2)) < np.stack([length / 40, np.full(n, 0.3)], axis=1)
     per_token = rng.random((n, 20)) < (1 - 0.97 ** length[:, None])
     dense = (rng.gamma(1, size=(n, 20)) * per_token).astype(np.float32)
-    dense[labels[:, 1], -1] *= 1.5
+    dense[labels[:, 1], -1] *= 3
     matrix = scipy.sparse.csr_matrix(dense)
     assert (sparse_auroc(matrix, labels).p[0] < 1e-10).all()
     found = stratified_mann_whitney(matrix, labels, length_strata(length))

@@ -21,7 +21,7 @@ from sae_emotion_plugin.evidence.association import (
 from sae_emotion_plugin.evidence.permutation_tails import log_saddlepoint_tail, pearson_tail
 
 FEWEST_FIRING = 10
-SADDLEPOINT_BELOW = 1e-3
+SADDLEPOINT_BELOW = 1e-2
 """Two-sided p below which three moments are not enough."""
 CELLS_PER_STRATUM = 4
 """Rank groups by which the saddlepoint describes a feature's stored values in a stratum; each keeps three moments."""
@@ -130,7 +130,7 @@ def stratified_mann_whitney(
     The reference is the permutation of labels within strata, in which mid-ranks correct for ties by themselves.
     Its tail is not normal for a rare label: a feature that fires in 100 of 43,000 texts meets 4 of 39 positives
     with probability 2e-6, where the normal approximation says 5e-42. So p is twice the smaller tail,
-    with half the feature's smallest step as continuity correction: Pearson's type III above 0.001 and a double
+    with half the feature's smallest step as continuity correction: Pearson's type III above 0.01 and a double
     saddlepoint approximation below (`permutation_tails`). A p below 2.2e-308 is given as 2.2e-308.
 
     `strata` numbers each text's stratum from 0. A feature that fires in fewer than `fewest_firing` texts is not
