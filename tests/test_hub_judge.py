@@ -12,7 +12,7 @@ WORDS = ("[PAD]", "[UNK]", "good", "bad", "day")
 TEXTS = ["good day", "bad", "good bad day day"]
 
 
-def classifier(folder: Path, classes: list[str], problem: str | None, **saving: bool) -> Path:
+def classifier(folder: Path, classes: list[str], problem: str | None) -> Path:
     tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
@@ -20,12 +20,12 @@ def classifier(folder: Path, classes: list[str], problem: str | None, **saving: 
     ).save_pretrained(folder)
     config = BertConfig(
         vocab_size=len(WORDS), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=32, initializer_range=0.8, num_labels=len(classes), problem_type=problem,
+        max_position_embeddings=32, initializer_range=0.8, problem_type=problem,
         id2label=dict(enumerate(classes)), label2id={name: place for place, name in enumerate(classes)},
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        BertForSequenceClassification(config).save_pretrained(folder, **saving)
+        BertForSequenceClassification(config).save_pretrained(folder)
     return folder
 
 

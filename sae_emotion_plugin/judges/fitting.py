@@ -219,6 +219,7 @@ def _fit(recipe: Recipe, corpora: dict[str, JudgeTexts], out: Path, seed: int) -
     for other in recipe.tried_on:
         if shared := [measure for measure in recipe.measures if measure in corpora[other].measures]:
             tried = _with_measures(corpora[other], shared)
+            tried = only(tried, np.flatnonzero(tried.known.any(axis=1)))
             figures += _figures(recipe, judge, other, tried, np.arange(len(tried.texts)))
     grouping = "near-duplicates" if corpus.documents is None else "documents"
     about = {

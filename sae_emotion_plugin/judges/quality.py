@@ -181,6 +181,9 @@ def quality_table(
     Held-out figures are those stored when a judge was fitted; those on generations are computed here, for English
     judges. A judge whose extra is not installed has its stored figures, and a note that names the extra.
     """
+    rows = labelled_generations()
+    profane = sum(is_profane(row.text) for row in rows)
+    kinds = (False, True) if profane else (False,)  # the same texts need no second set of figures
     judges = []
     for name in judge_names() if names is None else names:
         try:
@@ -194,8 +197,11 @@ def quality_table(
             continue
         live = [
             figure
-            for profanity_free in (False, True)
+            for profanity_free in kinds
             for figure in generation_quality(judge, profanity_free=profanity_free, resamples=resamples)
         ]
         judges.append(JudgeQuality(judge.name, judge.language, (*judge.figures, *live)))
-    return QualityTable(tuple(judges), f"Generations were labelled by: {generations_facts()['labelled_by']}")
+    about = (
+        f"Of {len(rows)} generations {profane} are profane. They were labelled by: {generations_facts()['labelled_by']}"
+    )
+    return QualityTable(tuple(judges), about)
