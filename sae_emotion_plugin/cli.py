@@ -176,6 +176,78 @@ def discover(
 
 
 @main.command()
+@click.option(
+    "--judge", "judges", multiple=True, help="A judge by name, or hub:owner/name (repeatable); all by default."
+)
+@click.option(
+    "--calibrate", type=click.Path(path_type=Path), metavar="TEXTS", help="Permute the labels of TEXTS instead."
+)
+@click.option("--permutations", default=200, show_default=True, help="With --calibrate: how many.")
+@click.option("--single-label", is_flag=True, help="With --calibrate: keep only texts with exactly one label.")
+@click.option("--skip-rare", is_flag=True, help="With --calibrate: leave out labels with fewer than 20 texts.")
+@click.option("--seed", default=0, show_default=True, help="With --calibrate: seed of the permutations.")
+@click.option("--refit", type=click.Path(path_type=Path), metavar="CORPORA", help="Fit the judges again instead.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="With --refit: folder for the fitted judges.")
+@model_option
+@dictionary_option
+@json_option
+def evidence(
+    judges: tuple[str, ...],
+    calibrate: Path | None,
+    permutations: int,
+    single_label: bool,
+    skip_rare: bool,
+    seed: int,
+    refit: Path | None,
+    out: Path | None,
+    model: str,
+    dictionary: str,
+    as_json: bool,
+) -> None:
+    """How far the figures can be trusted: how good the judges of generated text are, measured on labelled texts.
+
+    With --calibrate: how often discovery finds something where there is nothing to find.
+    """
+    if calibrate and refit:
+        raise ValueError("give --calibrate or --refit, not both")
+    if refit:
+        if out is None:
+            raise ValueError(f"--refit {refit} needs --out FOLDER")
+        from sae_emotion_plugin.judges.fitting import refit as run
+
+        for path in run(refit, out, names=judges or None):
+            click.echo(f"written to {path}")
+        return
+    if calibrate:
+        from dataclasses import asdict
+
+        from sae_emotion_plugin.emotion_texts import LabelledTexts
+
+        texts = LabelledTexts.read(calibrate)
+
+        from sae_emotion_plugin.emotion_features import calibration
+        from sae_emotion_plugin.models import cache_folder, load_model
+        from sae_emotion_plugin.plugin import load_dictionary
+
+        sae = load_dictionary(dictionary)
+        found = calibration(
+            load_model(model),
+            sae,
+            texts.only_single_label() if single_label else texts,
+            permutations=permutations,
+            skip_rare=skip_rare,
+            seed=seed,
+            cache=cache_folder() / "codes",
+        )
+        click.echo(json.dumps({**asdict(found), "holds": found.holds}, indent=2) if as_json else repr(found))
+        return
+    from sae_emotion_plugin.judges.quality import quality_table
+
+    table = quality_table(judges or None)
+    click.echo(json.dumps(table.to_dict(), ensure_ascii=False, indent=2) if as_json else repr(table))
+
+
+@main.command()
 @click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
 @click.option("--feature", "features", multiple=True, metavar="N=AMOUNT", help="A feature and its amount (repeatable).")
 @click.option("--emotion", help="Steer with the best features of this emotion instead of --feature.")

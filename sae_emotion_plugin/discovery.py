@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 CANDIDATE_POOLINGS: tuple[Pooling, ...] = ("max", "mean", "last")
 FEWEST_PER_CLASS = 2
-MOST_STRATA, TEXTS_PER_STRATUM = 20, 50
 FEATURES_PER_LOGIT_CHUNK = 64
 ROWS_SHOWN_PER_EMOTION = 3
 
@@ -223,8 +222,7 @@ def score_features(
     active = np.flatnonzero(found.rate_in[0] + found.rate_out[0])
     if len(active) == 0:
         raise ValueError("no feature is active in any training text")
-    lengths = np.bincount(train_codes.text_index, minlength=len(train_texts))
-    strata = length_strata(lengths, max(1, min(MOST_STRATA, len(train_texts) // TEXTS_PER_STRATUM)))
+    strata = length_strata(np.bincount(train_codes.text_index, minlength=len(train_texts)))
     tested = stratified_mann_whitney(pooled, labels, strata)
     best = active[np.argsort(-found.auroc[:, active], axis=1, kind="stable")[:, :top]]
     held_out_matrix = held_out_codes.pooled(pooling).tocsc()

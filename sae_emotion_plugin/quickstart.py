@@ -17,6 +17,7 @@ from sae_emotion_plugin.models import EMBEDDED, load_model
 from sae_emotion_plugin.plugin import DEFAULT_DICTIONARY, load_dictionary
 from sae_emotion_plugin.report import Bounds, Finding, ReportContent, broken_bounds, write_report
 from sae_emotion_plugin.report_sections import (
+    calibration_note,
     dictionary_metrics,
     dose_response_rows,
     findings_of,
@@ -125,6 +126,7 @@ def quickstart(
         generations=[asdict(row) for row in generations.rows],
         highlights=highlighted_texts(hooked, scores, found.held_out_codes, found.held_out, HIGHLIGHTS_PER_EMOTION),
         demo_prompt=DEMO_PROMPT,
+        method=[calibration_note(found.held_out_codes, found.held_out, scores.meta["pooling"], seed)],
     )
     page = write_report(out_dir, content)
     return QuickstartResult(page, scores, generations, findings)

@@ -11,10 +11,18 @@ from sae_emotion_plugin.activations import HookedModel
 from sae_emotion_plugin.discovery import FeatureScores
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.evaluation import DictionaryReport
+from sae_emotion_plugin.evidence.calibration import calibrate
+from sae_emotion_plugin.evidence.stratified import length_strata
 from sae_emotion_plugin.generations import Generations, summary
 from sae_emotion_plugin.models import decode_token
-from sae_emotion_plugin.report_content import DoseResponseRow, Finding, HighlightedText, ScoreDistribution
-from sae_emotion_plugin.sparse_codes import SparseCodes
+from sae_emotion_plugin.report_content import (
+    DoseResponseRow,
+    Finding,
+    HighlightedText,
+    MethodNote,
+    ScoreDistribution,
+)
+from sae_emotion_plugin.sparse_codes import Pooling, SparseCodes
 from sae_emotion_plugin.studies import dose_response
 
 GREEDY_OR_SAMPLED: tuple[tuple[str, bool], ...] = (("sampled", True), ("greedy", False))
@@ -45,6 +53,25 @@ def score_distributions(scores: FeatureScores, codes: SparseCodes, texts: Labell
         inside = np.array([emotion in labels for labels in texts.emotions])
         found.append(ScoreDistribution(emotion, feature, values[inside].tolist(), values[~inside].tolist()))
     return found
+
+
+def calibration_note(codes: SparseCodes, texts: LabelledTexts, pooling: Pooling, seed: int) -> MethodNote:
+    """What the tests find in these texts when their labels are permuted and mean nothing."""
+    found = calibrate(
+        codes.pooled(pooling),
+        texts.label_matrix(),
+        length_strata(np.bincount(codes.text_index, minlength=len(texts))),
+        label_names=texts.labels,
+        seed=seed,
+    )
+    verdict = "the tests keep their promise" if found.holds else "THE TESTS DO NOT KEEP THEIR PROMISE HERE"
+    text = (
+        f"The held-out labels were permuted {found.permutations} times within strata of text length, which leaves "
+        f"nothing to find, and every feature that fires in {found.fewest_firing} or more texts was tested each time. A "
+        f"discovery (any q below {found.level:g}) was made in {found.runs_with_discovery} of them: {found.share:.1%}, "
+        f"95 % interval {found.low:.1%} to {found.high:.1%}: {verdict}."
+    )
+    return MethodNote("Do the tests keep their promise?", text)
 
 
 def highlighted_texts(

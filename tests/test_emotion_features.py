@@ -66,7 +66,7 @@ def emotional_sae(bridge: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def texts() -> LabelledTexts:
-    return labelled(30, seed=1)
+    return labelled(60, seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ def test_the_figure_equals_counting_pairs_ties_and_all(decimals: int) -> None:
     positives = rng.random(80) < 0.4
     scores = np.round(rng.normal(size=80) + positives, decimals)
     figure = auroc_figure("joy", "texts", scores, positives, np.arange(80))
-    assert figure.auroc == round(plain_auroc(scores, positives), 4)
+    assert figure.auroc is not None and figure.auroc == round(plain_auroc(scores, positives), 4)
     assert figure.auroc is not None and figure.low is not None and figure.high is not None
     assert figure.low < figure.auroc < figure.high
     assert (figure.n_positive, figure.n) == (positives.sum(), 80)

@@ -28,7 +28,7 @@ def corpus(language: str = "en") -> LabelledTexts:
     assert language == "en"
     rng = np.random.default_rng(4)
     pairs: list[tuple[str, tuple[str, ...]]] = []
-    for _ in range(16):
+    for _ in range(48):
         for emotion, word in WORD.items():
             others = [f"w{n}" for n in rng.permutation(50)[:5]]
             pairs.append((" ".join([*others[:2], word, *others[2:]]), (emotion,)))
@@ -172,7 +172,7 @@ def test_the_amounts_are_chosen_by_the_rows_of_the_choosing_half_alike_in_every_
     assert rows == before
     assert again.generations.meta["recommended"] == module.recommend(rows, module.SIGNS)
     assert [line.split()[0] for line in told] == ["loading", "discovering", "steering"]
-    assert "64 bundled texts" in told[1]
+    assert "192 bundled texts" in told[1]
 
 
 def test_a_model_or_dictionary_that_does_not_load_leaves_no_folder(

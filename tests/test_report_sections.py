@@ -14,6 +14,7 @@ from sae_emotion_plugin.generations import Generation, Generations, Part
 from sae_emotion_plugin.registry import Provenance, RegistryEntry, SaeRecord
 from sae_emotion_plugin.report_content import Bounds, broken_bounds
 from sae_emotion_plugin.report_sections import (
+    calibration_note,
     dictionary_metrics,
     dose_response_rows,
     findings_of,
@@ -235,3 +236,33 @@ def test_any_other_dictionary_has_no_report(own: Path, planted_sae: Any) -> None
     registry.write_entry(RegistryEntry("bare", "tiny", (SaeRecord("a", "a"),)), own)
     for dictionary in (planted_sae, "bare", "unknown", "owner/repo:id", own, 3):
         assert dictionary_metrics(dictionary) == {}
+
+
+def test_the_null_runs_are_told_with_their_share_and_interval() -> None:
+    note = calibration_note(many_codes(), many_texts(), "max", 0)
+    assert "permuted 200 times" in note.text and "95 % interval" in note.text
+    assert note.text.endswith("the tests keep their promise.")
+
+
+def many_texts() -> LabelledTexts:
+    return LabelledTexts(
+        tuple(f"text {index}" for index in range(120)),
+        tuple((("joy",), ("anger",), ())[index % 3] for index in range(120)),
+        tuple(f"t{index}" for index in range(120)),
+    )
+
+
+def many_codes() -> SparseCodes:
+    rng = np.random.default_rng(0)
+    active = rng.random((120, 30)) < 0.3
+    features = np.nonzero(active)[1].astype(np.int32)
+    return SparseCodes(
+        values=(rng.random(len(features)) + 0.1).astype(np.float32),
+        features=features,
+        row_starts=np.cumsum([0, *active.sum(axis=1)]).astype(np.int64),
+        text_index=np.arange(120, dtype=np.int32),
+        token_ids=np.zeros(120, dtype=np.int32),
+        n_texts=120,
+        d_sae=30,
+        hook_name=HOOK,
+    )

@@ -21,6 +21,7 @@ from sae_emotion_plugin.evidence.association import (
 from sae_emotion_plugin.evidence.permutation_tails import log_saddlepoint_tail, pearson_tail
 
 FEWEST_FIRING = 10
+MOST_STRATA, TEXTS_PER_STRATUM = 20, 50
 SADDLEPOINT_BELOW = 1e-2
 """Two-sided p below which three moments are not enough."""
 CELLS_PER_STRATUM = 4
@@ -95,9 +96,10 @@ class Design:
         return cls(n_in, second, third)
 
 
-def length_strata(token_counts: Num[np.ndarray, "text"], bins: int = 20) -> Int[np.ndarray, "text"]:
+def length_strata(token_counts: Num[np.ndarray, "text"], bins: int | None = None) -> Int[np.ndarray, "text"]:
     """Returns the stratum of each text, numbered from 0, shortest first: about `bins` bins of equal size.
 
+    Without `bins` there is one for every 50 texts, at most 20.
     Texts of one length share a stratum, so that there may be fewer strata. Within a stratum length still varies:
     of a confound that is linear in length a bin keeps a part, so more bins are better for more texts.
     ValueError for counts that are not finite or below 0, no text, and fewer than 1 bin.
@@ -107,6 +109,8 @@ def length_strata(token_counts: Num[np.ndarray, "text"], bins: int = 20) -> Int[
         raise ValueError(f"token counts must be finite and not negative, got {wrong[0]}")
     if len(token_counts) == 0:
         raise ValueError("there is no text to put into strata")
+    if bins is None:
+        bins = max(1, min(MOST_STRATA, len(token_counts) // TEXTS_PER_STRATUM))
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
     edges = np.quantile(token_counts, np.arange(1, bins) / bins)
