@@ -3,52 +3,16 @@
 import json
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
+from sae_emotion_plugin.cli_options import OneLineErrors, dictionary_option, json_option, model_option
+from sae_emotion_plugin.cli_registry import registry
+
 if TYPE_CHECKING:
     from sae_emotion_plugin.emotion_texts import LabelledTexts
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-class OneLineErrors(click.Group):
-    """Shows what the user can mend as one line with exit code 2; any other error keeps its traceback."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (ValueError, FileNotFoundError, ImportError) as error:
-            if isinstance(error, ModuleNotFoundError):
-                raise
-            message = " ".join(str(error).split())
-            click.echo(f"Error: {message}", err=True)
-            ctx.exit(2)
-
-
-def model_option(command: Command) -> Command:
-    return click.option(
-        "--model",
-        default="embedded",
-        show_default=True,
-        help="'embedded', a Hugging Face id, a folder, a .gguf file.",
-    )(command)
-
-
-def dictionary_option(command: Command) -> Command:
-    return click.option(
-        "--dictionary",
-        default="gemma-3-270m-emotion",
-        show_default=True,
-        help="A registry name, 'owner/repo:id', a folder, or an OpenAI-format .pt file.",
-    )(command)
-
-
-def json_option(command: Command) -> Command:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(command)
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -353,63 +317,7 @@ def convert(checkpoint: Path, out: Path, hook_name: str | None, model_name: str 
     click.echo(json.dumps({"folder": str(folder)}) if as_json else f"written to {folder}")
 
 
-@main.group()
-def registry() -> None:
-    """Look at the registered dictionaries."""
-
-
-@registry.command("list")
-@json_option
-def list_entries(as_json: bool) -> None:
-    """Every registered dictionary, a line each."""
-    from sae_emotion_plugin.registry import entries
-
-    rows = [
-        {"name": f"{entry.release}/{sae.id}", "model": entry.model, "source": entry.repo_id or "installed"}
-        for entry in entries()
-        for sae in entry.saes
-    ]
-    if as_json:
-        click.echo(json.dumps(rows, indent=2))
-        return
-    for row in rows:
-        click.echo(f"{row['name']}  {row['model']}  {row['source']}")
-
-
-@registry.command()
-@click.argument("name")
-@json_option
-def show(name: str, as_json: bool) -> None:
-    """All that is known of the dictionary NAME."""
-    from dataclasses import asdict
-
-    import yaml
-
-    from sae_emotion_plugin.registry import find
-
-    entry, sae = find(name)
-    data = {"release": entry.release, "model": entry.model, "repo_id": entry.repo_id}
-    data |= {"sae": asdict(sae), "provenance": {k: v for k, v in asdict(entry.provenance).items() if v}}
-    click.echo(json.dumps(data, indent=2) if as_json else yaml.safe_dump(data, sort_keys=False).rstrip())
-
-
-@registry.command()
-@click.argument("name", required=False)
-@json_option
-def check(name: str | None, as_json: bool) -> None:
-    """Compare the files of the dictionary NAME, or of all, with their SHA-256; exit code 1 when one differs."""
-    from sae_emotion_plugin.registry import check as problems_of
-    from sae_emotion_plugin.registry import entries, find
-
-    chosen = (find(name)[0],) if name else entries()
-    found = {entry.release: list(problems_of(entry)) for entry in chosen}
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-    else:
-        for release, problems in found.items():
-            click.echo(f"{release}: {'; '.join(problems) or 'sound'}")
-    if any(found.values()):
-        sys.exit(1)
+main.add_command(registry)
 
 
 @main.command()

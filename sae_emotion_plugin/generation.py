@@ -174,6 +174,39 @@ def complete(
     return tuple(Continuation(request, *done[_decoding(request)]) for request in requests)
 
 
+def expected_next_token(
+    model: HookedModel,
+    sae: Any,
+    requests: Sequence[Request],
+    values: Float[Tensor, " vocab"],
+    *,
+    batch_rows: int = 64,
+    progress: bool = True,
+) -> list[float]:
+    """The mean of `values` over the distribution (temperature 1) of the token that follows each request's prompt.
+
+    One step instead of a continuation, and no sampling noise. Errors as in `complete`.
+    """
+    for plan in {request.plan for request in requests if request.plan}:
+        check_plan(plan, sae)
+    prompts = [_prompt_tokens(model, sae, request.prompt, 1) for request in requests]
+    order = sorted(range(len(requests)), key=lambda place: len(prompts[place]))
+    means = [0.0] * len(requests)
+    with tqdm(total=len(requests), unit="row", desc="next tokens", disable=not progress) as bar:
+
+        def run(places: Sequence[int]) -> list[float]:
+            batch, tokens = [requests[place] for place in places], [prompts[place] for place in places]
+            with torch.inference_mode(), _stepping(model, sae, batch, tokens, True) as forward:
+                logits = forward(torch.zeros(len(batch), 0, dtype=torch.int64))
+                found = [float(row.float().softmax(-1) @ values.to(row.device)) for row in logits]
+            bar.update(len(batch))
+            return found
+
+        for place, mean in zip(order, backing_off(run, order, batch_rows), strict=True):
+            means[place] = mean
+    return means
+
+
 @dataclass(frozen=True)
 class _Written:
     """The new tokens of a row, and their mean negative log-likelihood where the row is unsteered and not empty."""

@@ -25,15 +25,24 @@ from sae_emotion_plugin.report_sections import (
     score_distributions,
 )
 from sae_emotion_plugin.sparse_codes import token_settings
-from sae_emotion_plugin.studies import Cell, recommend, run_cells, screen_features, shared_amounts
+from sae_emotion_plugin.studies import (
+    Cell,
+    promising_features,
+    recommend,
+    run_cells,
+    screen_features,
+    shared_amounts,
+)
 
 logger = logging.getLogger(__name__)
 
 DEMO_PROMPT = "he is such a"
 SIGNS = {"anger": -1, "joy": 1, "sadness": -1}
 """The emotions steered towards, and where valence should go."""
+CONSIDERED = 30
+"""Best features of an emotion, by training AUROC, of which the next token is looked at."""
 CANDIDATES = 8
-"""Best features of an emotion, by training AUROC, that are tried alone."""
+"""Of these, those that move the next token's valence most, tried alone."""
 SCREENING_AMOUNT = 0.1
 FEATURES_PER_EMOTION = 3
 """Of the candidates, those that are steered together."""
@@ -43,7 +52,6 @@ TEMPERATURE = 0.7
 CHOOSE_SEEDS = (0, 1)
 REPORT_SEEDS = (0, 1, 2)
 NEW_TOKENS = 20
-FEATURES_KEPT = 20
 HIGHLIGHTS_PER_EMOTION = 2
 META_KEPT = ("model", "model_weights", "model_sha256", "hook_name", "seed", "versions")
 
@@ -96,7 +104,7 @@ def quickstart(
     out_dir.mkdir(parents=True, exist_ok=True)
     texts = LabelledTexts.bundled("en")
     say(f"discovering emotion features: ranked on one half of {len(texts)} bundled texts, scored on the other ...")
-    found = discover(hooked, sae, texts, top=FEATURES_KEPT, seed=seed, progress=progress)
+    found = discover(hooked, sae, texts, top=CONSIDERED, seed=seed, progress=progress)
     scores = found.scores
     meta = {
         **{key: scores.meta[key] for key in META_KEPT},
@@ -107,7 +115,7 @@ def quickstart(
     scores.save(out_dir / "scores.json")
 
     norm = mean_norm(hooked, found.held_out.texts, sae.cfg.metadata.hook_name, **token_settings(sae))
-    candidates = {emotion: [row.feature for row in scores.top(emotion, CANDIDATES)] for emotion in SIGNS}
+    candidates = {emotion: [row.feature for row in scores.top(emotion, CONSIDERED)] for emotion in SIGNS}
     say(f"steering towards {', '.join(SIGNS)} (amounts are fractions of the mean residual norm, {norm:.0f}) ...")
     generations = _steer(hooked, sae, candidates, norm, meta, progress)
     generations.save(out_dir / "generations.json")
@@ -142,25 +150,31 @@ def _steer(
 ) -> Generations:
     """Choose each emotion's features and amount on half of the openings; report the other half and the demo prompt."""
     choose, report = _halves()
-    alone = [
-        Cell(
-            emotion,
-            tuple(plan for one in features for plan in shared_amounts(sae, [one], [SCREENING_AMOUNT], norm)),
-            choose,
-            "choose",
-            TEMPERATURE,
-        )
-        for emotion, features in candidates.items()
-    ]
+
+    def each_alone(features: dict[str, list[int]]) -> list[Cell]:
+        return [
+            Cell(
+                emotion,
+                tuple(plan for one in tried for plan in shared_amounts(sae, [one], [SCREENING_AMOUNT], norm)),
+                choose[emotion],
+                "choose",
+                TEMPERATURE,
+            )
+            for emotion, tried in features.items()
+        ]
+
+    promising = promising_features(model, sae, each_alone(candidates), SIGNS, CANDIDATES, progress=progress)
     features, screening = screen_features(
-        model, sae, alone, SIGNS, FEATURES_PER_EMOTION, max_new_tokens=NEW_TOKENS, progress=progress
+        model, sae, each_alone(promising), SIGNS, FEATURES_PER_EMOTION, max_new_tokens=NEW_TOKENS, progress=progress
     )
     plans = {emotion: shared_amounts(sae, chosen, AMOUNTS, norm) for emotion, chosen in features.items()}
 
     def run(cells: list[Cell]) -> tuple[Generation, ...]:
         return run_cells(model, sae, cells, max_new_tokens=NEW_TOKENS, progress=progress)
 
-    chosen_on = run([Cell(emotion, plans[emotion], choose, "choose", TEMPERATURE, CHOOSE_SEEDS) for emotion in SIGNS])
+    chosen_on = run(
+        [Cell(emotion, plans[emotion], choose[emotion], "choose", TEMPERATURE, CHOOSE_SEEDS) for emotion in SIGNS]
+    )
     recommended = recommend(chosen_on, SIGNS)
     best = {emotion: tuple(plan for plan in plans[emotion] if plan.amount == recommended[emotion]) for emotion in SIGNS}
     reported = run(
@@ -190,11 +204,17 @@ def _steer(
     )
 
 
-def _halves() -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """The openings to choose on, and those to report on: unpleasant ones as well for what should lift valence."""
+def _halves() -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
+    """The openings to choose on and those to report on, by emotion; what should lift valence gets unpleasant ones too.
+
+    There is little to lift on neutral openings alone. The unpleasant ones that choose are others than those reported.
+    """
     neutral, unpleasant = openings("neutral"), openings("unpleasant")
-    report = {emotion: neutral[1::2] + (unpleasant if sign > 0 else ()) for emotion, sign in SIGNS.items()}
-    return neutral[::2], report
+    unpleasant_to_choose_on = openings("anger")[:5] + openings("sadness")[:5]
+    lifts = {emotion: sign > 0 for emotion, sign in SIGNS.items()}
+    choose = {emotion: neutral[::2] + (unpleasant_to_choose_on if lift else ()) for emotion, lift in lifts.items()}
+    report = {emotion: neutral[1::2] + (unpleasant if lift else ()) for emotion, lift in lifts.items()}
+    return choose, report
 
 
 def _shown(value: float | None) -> str:

@@ -94,7 +94,7 @@ def test_the_scores_say_how_and_on_what_they_were_made(
     assert (meta["pooling"], meta["pooling_chosen_on_train"], meta["seed"]) == ("mean", False, 3)
     assert meta["hook_name"] == HOOK and meta["model"] == "unknown"
     assert meta["dropped_near_duplicates"] == 0
-    assert meta["n_texts"] == {"train": 90, "held_out": 36}
+    assert meta["n_texts"] == {"train": 180, "held_out": 36}
     assert set(meta["versions"]) == {"sae-emotion-plugin", "sae-lens", "transformer-lens", "transformers", "torch"}
     assert meta["versions"]["torch"] == metadata.version("torch")
 

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sae_emotion_plugin.generation import (
     Continuation,
     Request,
     complete,
+    expected_next_token,
     generate,
     judge_rows,
 )
@@ -339,3 +341,17 @@ def test_an_unsteered_text_has_the_same_likelihood_whether_it_is_read_off_while_
         assert done.nll == pytest.approx(asked, abs=1e-5)
     silent = complete(model, planted_sae, requests, max_new_tokens=NEW, progress=False, with_nll=False)
     assert [done.nll for done in silent] == [None] * len(requests)
+
+
+def test_the_expected_next_token_is_the_mean_over_the_steered_distribution(model: Any, planted_sae: Any) -> None:
+    values = torch.randn(len(WORDS), generator=torch.Generator().manual_seed(0))
+    requests = [
+        Request(prompt, plan) for plan in (None, plan_of(planted_sae, 2.0)) for prompt in ("he is", "w3 w9 joy")
+    ]
+    found = expected_next_token(model, planted_sae, requests, values, progress=False)
+    for request, mean in zip(requests, found, strict=True):
+        tokens = torch.tensor([generation._prompt_tokens(model, planted_sae, request.prompt, 1)])
+        with torch.inference_mode(), steering(model, planted_sae, request.plan) if request.plan else nullcontext():
+            expected = model(tokens)[0, -1].float().softmax(-1) @ values
+        assert mean == pytest.approx(float(expected), abs=1e-5)
+    assert found[0] != pytest.approx(found[2], abs=1e-3)

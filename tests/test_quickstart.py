@@ -16,7 +16,12 @@ from sae_emotion_plugin.generations import Generations
 from sae_emotion_plugin.quickstart import QuickstartResult, quickstart
 
 WORD = {"joy": "joy", "anger": "anger", "sadness": "sad", "fear": "fear"}
-OPENINGS = {"neutral": ("he is", "such a", "a w1", "he w2"), "unpleasant": ("sad w3", "fear is")}
+OPENINGS = {
+    "neutral": ("he is", "such a", "a w1", "he w2"),
+    "unpleasant": ("sad w3", "fear is"),
+    "anger": ("w4 is",),
+    "sadness": ("sad w5",),
+}
 SCORE_FIELDS = ["emotion", "feature", "auroc", "held_out_auroc", "p", "q", "rate_in", "rate_out"]
 SCORE_FIELDS += ["promotes", "suppresses"]
 GENERATION_FIELDS = ["prompt", "emotion", "features", "mode", "amount", "unit", "temperature", "seed", "part"]
@@ -44,7 +49,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHOOSE_SEEDS", (0, 1))
     monkeypatch.setattr(module, "REPORT_SEEDS", (0, 1))
     monkeypatch.setattr(module, "NEW_TOKENS", 4)
-    monkeypatch.setattr(module, "FEATURES_KEPT", 5)
+    monkeypatch.setattr(module, "CONSIDERED", 5)
     monkeypatch.setattr(module, "CANDIDATES", 4)
     monkeypatch.setattr(module, "FEATURES_PER_EMOTION", 2)
 
@@ -112,9 +117,10 @@ def test_the_generations_file_has_the_documented_fields(result: QuickstartResult
 def test_each_emotion_is_steered_with_the_best_of_its_candidates(result: QuickstartResult) -> None:
     meta = result.generations.meta
     for emotion, sign in module.SIGNS.items():
-        candidates = [row.feature for row in result.scores.top(emotion, 4)]
+        considered = [row.feature for row in result.scores.top(emotion, 5)]
         tried = {one["feature"]: sign * one["valence_change"] for one in meta["screening"] if one["emotion"] == emotion}
-        assert list(tried) == candidates
+        candidates = list(tried)
+        assert len(set(candidates)) == 4 and set(candidates) <= set(considered)
         kept = meta["features"][emotion]
         assert len(set(kept)) == 2 and set(kept) <= set(candidates)
         assert min(tried[feature] for feature in kept) >= max(tried[f] for f in candidates if f not in kept)
@@ -128,7 +134,8 @@ def test_the_openings_of_the_report_had_no_part_in_the_choice(result: Quickstart
     for emotion in ("joy", "sadness"):
         assert not prompts(emotion, "choose") & prompts(emotion, "report")
     for emotion in module.SIGNS:
-        assert prompts(emotion, "choose") == {"he is", "a w1"}
+        lifts = {"w4 is", "sad w5"} if emotion == "joy" else set()
+        assert prompts(emotion, "choose") == {"he is", "a w1"} | lifts
     assert prompts("joy", "report") == {"such a", "he w2", *OPENINGS["unpleasant"]}
     assert prompts("sadness", "report") == {"such a", "he w2"}
     assert prompts("anger", "demo") == {"he is such a"}

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from conftest import HOOK
+from conftest import HOOK, JOY
 
 from sae_emotion_plugin import SteeringPlan, studies
 from sae_emotion_plugin.generation import Continuation, Request, complete
@@ -13,6 +13,7 @@ from sae_emotion_plugin.studies import (
     DoseBounds,
     ScreenedFeature,
     dose_response,
+    promising_features,
     recommend,
     run_cells,
     screen_features,
@@ -242,3 +243,14 @@ def test_features_that_move_valence_most_in_their_direction_are_kept(
 def test_no_cells_are_refused(bridge: Any, planted_sae: Any) -> None:
     with pytest.raises(ValueError, match="no prompts to continue"):
         run_cells(bridge, planted_sae, [], progress=False)
+
+
+def test_the_feature_that_makes_a_pleasant_word_likely_next_is_promising(bridge: Any, planted_sae: Any) -> None:
+    plans = tuple(SteeringPlan.of({feature: 1.0}, planted_sae, residual_norm=NORM) for feature in (3, JOY, 11, 20))
+    cells = [
+        Cell("joy", plans, ("he is such a", "w1 is"), "choose", 0.7),
+        Cell("anger", plans, ("w1 is",), "choose", 0.7),
+    ]
+    kept = promising_features(bridge, planted_sae, cells, SIGNS, 2, progress=False)
+    assert kept["joy"][0] == JOY and len(kept["joy"]) == 2
+    assert JOY not in kept["anger"] and len(kept["anger"]) == 2

@@ -115,9 +115,9 @@ def valence(text: str) -> float:
     return float(_analyzer().polarity_scores(text)["compound"]) if text.strip() else 0.0
 
 
-def emotion_lexicon(least: float = 1.0) -> frozenset[str]:
-    """The entries of VADER's lexicon whose valence (-4 to 4) has at least the size `least`: words and emoticons."""
-    return frozenset(word for word, rated in _analyzer().lexicon.items() if abs(rated) >= least)
+def emotion_lexicon(least: float = 1.0) -> dict[str, float]:
+    """The entries of VADER's lexicon, words and emoticons, whose valence (-4 to 4) has at least the size `least`."""
+    return {word: rated for word, rated in _analyzer().lexicon.items() if abs(rated) >= least}
 
 
 @cache

@@ -132,7 +132,7 @@ def emotion_mask(promoted: Iterable[str] = (), *, lexicon: bool = True) -> Mask:
     """
     if isinstance(promoted, str):
         raise ValueError(f"promoted must be a list of tokens, not the string {promoted!r}")
-    return Mask(tuple(promoted), emotion_lexicon() if lexicon else frozenset())
+    return Mask(tuple(promoted), frozenset(emotion_lexicon() if lexicon else ()))
 
 
 def masked_change(
