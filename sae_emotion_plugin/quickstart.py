@@ -184,7 +184,7 @@ def _steer(
             for temperature, seeds in ((0.0, (0,)), (TEMPERATURE, REPORT_SEEDS))
             for cell in (
                 Cell(emotion, best[emotion], report[emotion], "report", temperature, seeds),
-                Cell(emotion, plans[emotion], (DEMO_PROMPT,), "demo", temperature, seeds),
+                Cell(emotion, plans[emotion], (DEMO_PROMPT,), "demo", temperature, seeds[:1]),
             )
         ]
     )
