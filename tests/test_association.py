@@ -256,7 +256,8 @@ def test_many_random_columns_have_the_average_precision_of_a_plain_loop() -> Non
 def test_float32_and_float64_values_are_ordered_alike() -> None:
     rng = np.random.default_rng(7)
     tiny = np.finfo(np.float32)
-    dense = rng.choice([0, tiny.smallest_subnormal, tiny.tiny, 1, 1 + tiny.eps, tiny.max], size=(80, 6))
+    steps = np.array([0, tiny.smallest_subnormal, tiny.tiny, 1, 1 + tiny.eps, tiny.max], dtype=np.float64)
+    dense = rng.choice(steps, size=(80, 6))
     labels = rng.random((80, 2)) < 0.5
     narrow, wide = (sparse_auroc(scipy.sparse.csr_matrix(dense.astype(kind)), labels) for kind in ("f4", "f8"))
     assert np.array_equal(narrow.auroc, wide.auroc) and np.array_equal(narrow.p, wide.p)
@@ -269,7 +270,7 @@ def test_holm_equals_the_definition_and_statsmodels_numbers() -> None:
     random = np.random.default_rng(1).random(30) ** 4
     random[3] = random[4]
     order = np.argsort(random)
-    expected = [min(1, max(random[order[j]] * (30 - j) for j in range(i + 1))) for i in range(30)]
+    expected = [min(1.0, max(float(random[order[j]]) * (30 - j) for j in range(i + 1))) for i in range(30)]
     np.testing.assert_allclose(holm(random)[order], expected, rtol=1e-12)
     assert (holm(random) >= benjamini_hochberg(random)).all()
     assert holm(np.array([])).shape == (0,)

@@ -60,7 +60,7 @@ def test_each_run_equals_the_pipeline_on_labels_permuted_by_hand() -> None:
     found = calibrate(matrix, labels, strata, label_names=NAMES, permutations=runs, seed=3, level=level)
     rng = np.random.default_rng(3)
     place = np.argsort(strata, kind="stable")
-    discoveries, below = [], 0
+    discoveries, below, n_tested = [], 0, 0
     for _ in range(runs):
         order = np.empty(N_TEXTS, dtype=int)
         order[place] = np.lexsort((rng.random(N_TEXTS), strata))
@@ -69,8 +69,9 @@ def test_each_run_equals_the_pipeline_on_labels_permuted_by_hand() -> None:
         discoveries.append(bool((once.q < level).any()))
         assert np.array_equal(once.q[:, once.tested], benjamini_hochberg(once.p[:, once.tested]))
         below += int((once.p[:, once.tested] < 0.01).sum())
+        n_tested = int(once.tested.sum())
     assert found.runs_with_discovery == sum(discoveries)
-    assert found.n_tested == once.tested.sum() < 60
+    assert found.n_tested == n_tested < 60
     assert sum(tail.observed for tail in found.by_label if tail.threshold == 0.01) == below
 
 
