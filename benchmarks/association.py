@@ -103,7 +103,7 @@ def planted_codes(
 ) -> scipy.sparse.csr_matrix:
     """Every fourth feature fires more often or less in the texts of every label, by a factor around 1.3."""
     rates = 1 / np.arange(1, n_features + 1)
-    low, high = 0.0, 1e6
+    low, high, scale = 0.0, 1e6, 1.0
     for _ in range(100):
         scale = (low + high) / 2
         low, high = (scale, high) if np.minimum(scale * rates, 0.5).mean() < mean_rate else (low, scale)
@@ -121,7 +121,7 @@ def planted_codes(
     texts.clear()
     values = rng.standard_exponential(len(index), dtype=np.float32)
     indptr = np.concatenate([[0], np.cumsum(counts)])
-    return scipy.sparse.csc_matrix((values, index, indptr), shape=(n_texts, n_features)).tocsr()
+    return scipy.sparse.csr_matrix(scipy.sparse.csc_matrix((values, index, indptr), shape=(n_texts, n_features)))
 
 
 def peak_mb() -> float:

@@ -233,7 +233,9 @@ def common_enough(
     n_in = labels.sum(axis=0)
     enough = np.minimum(n_in, len(labels) - n_in) >= fewest
     if not enough.all() and not (skip_rare and enough.any()):
-        few = ", ".join(f"{names[i]} ({n_in[i]} in, {len(labels) - n_in[i]} out)" for i in np.flatnonzero(~enough))
+        few = ", ".join(
+            f"{names[i]} ({n_in[i]} in, {len(labels) - n_in[i]} out)" for i in np.flatnonzero(~enough).tolist()
+        )
         raise ValueError(f"too few texts for {few}: each label needs {fewest} in and {fewest} out of class")
     return np.flatnonzero(enough)
 

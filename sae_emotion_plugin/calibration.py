@@ -243,7 +243,7 @@ class _Counts:
         runs = len(self.tests)
         tests = self.tests.sum(axis=0)
         found = []
-        for group in np.flatnonzero(tests):
+        for group in np.flatnonzero(tests).tolist():
             for i, threshold in enumerate(TAIL_THRESHOLDS):
                 counts, expected = self.below[i, :, group], threshold * tests[group]
                 # Tests of one run depend on each other, so that counts come in clumps: clumps are as Poisson.
