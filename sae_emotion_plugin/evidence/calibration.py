@@ -133,6 +133,13 @@ def calibrate(
     a run with any q below `level` is a false discovery. Permuting whole rows keeps how labels go together, and the
     matrix keeps how features go together. The ranks are shared, so that a permutation costs one sparse product.
 
+    Measured on 600 random features that fire in 1 to 20,000 of 43,000 texts and labels of 39, 88, 1,500 and 13,000
+    texts, 14 strata, 200 permutations: a discovery in 3.0 % of the runs [1.1 %, 6.4 %], in 99.5 % with the normal
+    approximation. Of p values below 0.0001 there were 0.1 (39 texts), 0.3 (88), 0.5 and 0.9 times as many as
+    promised; with the normal approximation 86, 66, 8 and 1.0 times, and 2.6 times still where features fire in 5,000
+    texts or more. No minimum of firing texts is needed for honesty, at the price of tests that are too careful where
+    the sum moves in steps: up to ten times for 39 texts. The default minimum of 10 only keeps the family small.
+
     Memory: p values up to `level` of all runs, and the chunk at hand. ValueError for labels with fewer than 20 texts
     in or out of class, unless `skip_rare`, and as in `stratified_mann_whitney`.
     """
