@@ -116,9 +116,7 @@ CLUSTER_EFFECTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("effects", CLUSTER_EFFECTS)
-@pytest.mark.parametrize(
-    "n_groups", [10, pytest.param(20, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("n_groups", [10, 20, 50])
 def test_intervals_cover_the_true_mean_as_often_as_they_say(effects: str, n_groups: int) -> None:
     rng = np.random.default_rng(n_groups)
     groups = np.repeat(np.arange(n_groups), 3)
@@ -142,7 +140,7 @@ def test_percentile_intervals_of_few_clusters_cover_too_seldom() -> None:
 
 
 @pytest.mark.parametrize("seed_noise", [0.3, 5.0])
-@pytest.mark.parametrize("n_prompts", [10, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_prompts", [10, 20])
 def test_hierarchical_intervals_cover_whether_prompts_or_seeds_vary_most(n_prompts: int, seed_noise: float) -> None:
     rng = np.random.default_rng(n_prompts)
     prompts, seeds = np.repeat(np.arange(n_prompts), 3), np.tile(np.arange(3), n_prompts)

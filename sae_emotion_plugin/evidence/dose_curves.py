@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float
 
-FRONTIER_STEPS = 200
+FRONTIER_STEPS = 50
 
 Slots: TypeAlias = tuple[np.ndarray, np.ndarray]
 """Effects and log costs, [resample slot dose], NaN where a slot has no likelihood."""
