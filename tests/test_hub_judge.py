@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -8,11 +9,12 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 from sae_emotion_plugin.hub_judge import hub_judge
 
+Problem = Literal["single_label_classification", "multi_label_classification"]
 WORDS = ("[PAD]", "[UNK]", "good", "bad", "day")
 TEXTS = ["good day", "bad", "good bad day day"]
 
 
-def classifier(folder: Path, classes: list[str], problem: str | None) -> Path:
+def classifier(folder: Path, classes: list[str], problem: Problem | None) -> Path:
     tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
