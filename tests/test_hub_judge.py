@@ -1,5 +1,5 @@
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -7,13 +7,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from sae_emotion_plugin.judges.hub import hub_judge
+from sae_emotion_plugin.hub_judge import hub_judge
 
+Problem = Literal["single_label_classification", "multi_label_classification"]
 WORDS = ("[PAD]", "[UNK]", "good", "bad", "day")
 TEXTS = ["good day", "bad", "good bad day day"]
 
 
-def classifier(folder: Path, classes: list[str], problem: Any) -> Path:
+def classifier(folder: Path, classes: list[str], problem: Problem | None) -> Path:
     tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
