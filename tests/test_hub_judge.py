@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from sae_emotion_plugin.hub_judge import hub_judge
+from sae_emotion_plugin.judges.hub import hub_judge
 
 Problem = Literal["single_label_classification", "multi_label_classification"]
 WORDS = ("[PAD]", "[UNK]", "good", "bad", "day")
