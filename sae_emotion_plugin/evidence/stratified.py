@@ -133,7 +133,7 @@ def stratified_mann_whitney(
 
     The reference is the permutation of labels within strata, in which mid-ranks correct for ties by themselves.
     Its tail is not normal for a rare label: a feature that fires in 100 of 43,000 texts meets 4 of 39 positives
-    with probability 2e-6, where the normal approximation says 5e-42. So p is twice the smaller tail,
+    with probability 2e-6, where the normal approximation says 6e-39. So p is twice the smaller tail,
     with half the feature's smallest step as continuity correction: Pearson's type III above 0.01 and a double
     saddlepoint approximation below (`permutation_tails`). A p below 2.2e-308 is given as 2.2e-308.
 
