@@ -1,8 +1,7 @@
 """Codes of a trained dictionary and of its references -> by how much its best features tell emotions apart better.
 
-The references (`reference_saes`) show the size of an effect. None is an empty null: their best features are expected
-to lie above an AUROC of 0.5, since the best of thousands of random directions reads emotion too. What is asked is how
-much training adds to that.
+The references (`reference_saes`) show the size of an effect. None is an empty null: the best of thousands of random
+directions can read emotion too, well above an AUROC of 0.5. What is asked is how much training adds to that.
 """
 
 import html
@@ -93,7 +92,7 @@ class ReferenceMargins:
         summary = (
             f"held-out AUROC of the best features, trained and reference; margin with its {self.meta['level']:.0%} "
             f"interval over {self.meta['n_groups']} groups of held-out texts. References are no empty nulls: they "
-            "read emotion too"
+            "can read emotion too"
         )
         return summary, [
             (

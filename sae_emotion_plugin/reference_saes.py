@@ -3,7 +3,7 @@
 The same recipe on the same texts with the decoder or the encoder frozen at its random start (Korznikov et al., arXiv
 2602.14111, whose third, softly frozen decoder is left out); random directions that fire as often as the trained
 features; and the recipe itself on the model with shuffled weights. They are references for the size of an effect and
-no empty nulls: each carries information on a text's emotion, since random directions see the same activations and a
+no empty nulls: each may carry information on a text's emotion, since random directions see the same activations and a
 shuffled model still tells one word from another.
 """
 

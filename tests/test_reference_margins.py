@@ -232,7 +232,9 @@ MADE_UP = ReferenceMargins(
 
 def test_the_table_says_that_references_are_no_empty_nulls() -> None:
     shown = repr(MADE_UP)
-    assert "References are no empty nulls: they read emotion too" in shown and "12 groups of held-out texts" in shown
+    assert (
+        "References are no empty nulls: they can read emotion too" in shown and "12 groups of held-out texts" in shown
+    )
     assert "frozen <decoder>  mean     0.800    0.700      +0.100 [+0.050, +0.150]" in shown
     page = MADE_UP._repr_html_()
     assert "frozen &lt;decoder&gt;" in page and "<td>-0.050 [-0.100, +0.000]</td>" in page
