@@ -323,7 +323,9 @@ def test_the_embedded_model_writes_the_same_greedy_text_in_every_batch_with_and_
     prompts = ["he is such a", "The train arrived", "On Monday my neighbour told me that the", "I"]
     requests = [Request(prompt, p) for prompt in prompts for p in (plan, None)]
     together = run(embedded, sae, requests, max_new_tokens=8)
-    assert together == run(embedded, sae, requests, max_new_tokens=8, batch_rows=1)
+    alone = run(embedded, sae, requests, max_new_tokens=8, batch_rows=1)
+    assert [(one.text, one.token_ids) for one in together] == [(one.text, one.token_ids) for one in alone]
+    assert [one.nll for one in together] == pytest.approx([one.nll for one in alone], abs=1e-4)
     recomputed = run(embedded, sae, requests, max_new_tokens=8, use_cache=False)
     assert [one.text for one in together] == [one.text for one in recomputed]
     assert len({one.text for one in together}) == len(requests)

@@ -70,7 +70,7 @@ def test_a_change_by_the_blanked_words_alone_vanishes_when_they_are_blanked() ->
         swear_counter(), "anger", ["fine day"] * 4, ["damn day", "damn it", "damn damn", "damn"], prompts,
         Mask((" damn",)), resamples=200,
     )  # fmt: skip
-    assert found.plain.mean == 0.625 and found.plain.low >= 0.5
+    assert found.plain.mean == 0.625 and found.plain.low > 0
     assert (found.masked.mean, found.masked.low, found.masked.high) == (0, 0, 0)
     assert found.profanity_free is None and (found.n_pairs, found.n_profanity_free, found.n_empty) == (4, 0, 0)
     assert (found.blanked_share, found.baseline_blanked_share) == (5 / 7, 0)
