@@ -4,8 +4,8 @@ Each method has its own doses; what is compared is the effect where its curve (`
 same drawn prompts. Intervals are the studentised hierarchical bootstrap's (`resampling`), each resample with a curve
 of its own. Coverage of nominal 95 % intervals in 1,000 simulated data sets (4 doses, 2 seeds, effects as noisy as they
 are large): effect at a cost 95.2 % with 10 prompts and 93.8 % with 30; paired difference of two methods 92.0 % with 10
-and 92.2 % with 30 (94.2 % at a cost farther out), which is too little: read its ends with care. Area under the frontier (400 data sets):
-96.0 % with 10 prompts, 96.8 % with 30. Arrays in, numbers out; no model, no torch.
+and 92.2 % with 30 (94.2 % at a cost farther out), which is too little: read its ends with care. Area under the
+frontier (400 data sets): 96.0 % with 10 prompts, 96.8 % with 30. Arrays in, numbers out; no model, no torch.
 """
 
 import math
