@@ -287,7 +287,14 @@ def test_geometric_mean_refuses_what_has_no_logarithm(values: list[float], messa
 
 @pytest.mark.parametrize(
     "module",
-    ["association", "auroc_intervals", "dose_curves", "equal_cost", "resampling", "selection", "text_costs", "judges"],
+    [
+        *(
+            f"evidence.{name}"
+            for name in ("association", "auroc_intervals", "calibration", "dose_curves", "equal_cost")
+        ),
+        *(f"evidence.{name}" for name in ("placements", "resampling", "selection", "stratified")),
+        *("judges.judge", "judges.linear", "judges.masking", "text_costs"),
+    ],
 )
 def test_statistics_load_no_model_library(module: str) -> None:
     code = (

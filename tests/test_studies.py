@@ -3,11 +3,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from conftest import HOOK, JOY
+import torch
+from conftest import HOOK, JOY, WORDS
 
-from sae_emotion_plugin import SteeringPlan, studies
+from sae_emotion_plugin import SteeringPlan, steering, studies
 from sae_emotion_plugin.generation import Continuation, Request, complete
 from sae_emotion_plugin.generations import Generation, Part
+from sae_emotion_plugin.judges.judge import emotion_lexicon
 from sae_emotion_plugin.studies import (
     Cell,
     DoseBounds,
@@ -245,12 +247,20 @@ def test_no_cells_are_refused(bridge: Any, planted_sae: Any) -> None:
         run_cells(bridge, planted_sae, [], progress=False)
 
 
-def test_the_feature_that_makes_a_pleasant_word_likely_next_is_promising(bridge: Any, planted_sae: Any) -> None:
-    plans = tuple(SteeringPlan.of({feature: 1.0}, planted_sae, residual_norm=NORM) for feature in (3, JOY, 11, 20))
-    cells = [
-        Cell("joy", plans, ("he is such a", "w1 is"), "choose", 0.7),
-        Cell("anger", plans, ("w1 is",), "choose", 0.7),
-    ]
+def test_the_features_that_turn_the_next_tokens_valence_most_are_promising(bridge: Any, planted_sae: Any) -> None:
+    features, prompts = (3, JOY, 11, 20), {"joy": ("he is such a", "w1 is"), "anger": ("w1 is",)}
+    plans = tuple(SteeringPlan.of({feature: 1.0}, planted_sae, residual_norm=NORM) for feature in features)
+    cells = [Cell(emotion, plans, openings, "choose", 0.7) for emotion, openings in prompts.items()]
     kept = promising_features(bridge, planted_sae, cells, SIGNS, 2, progress=False)
-    assert kept["joy"][0] == JOY and len(kept["joy"]) == 2
-    assert JOY not in kept["anger"] and len(kept["anger"]) == 2
+
+    lexicon = emotion_lexicon()
+    values = torch.tensor([lexicon.get(word, 0.0) for word in WORDS])
+    assert (values != 0).sum() >= 4
+    for emotion, openings in prompts.items():
+        moved = []
+        for plan in plans:
+            with torch.inference_mode(), steering(bridge, planted_sae, plan):
+                tokens = [torch.tensor([[1, *map(WORDS.index, opening.split())]]) for opening in openings]
+                moved.append(sum(float(bridge(each)[0, -1].softmax(-1) @ values) for each in tokens))
+        by_valence = [feature for _, feature in sorted(zip(moved, features, strict=True))]
+        assert kept[emotion] == (by_valence[::-1][:2] if SIGNS[emotion] > 0 else by_valence[:2])
