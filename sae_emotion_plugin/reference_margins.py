@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int, Num
 
 from sae_emotion_plugin.discovery import score_features
 from sae_emotion_plugin.emotion_texts import LabelledTexts
+from sae_emotion_plugin.evidence.resampling import group_numbers
 from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.sparse_codes import Pooling, SparseCodes
 
@@ -163,7 +164,7 @@ def reference_margins(
         raise ValueError(f"the held-out codes are of {', '.join(held_out_codes)}, the others of {', '.join(names)}")
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, got {level}")
-    member = np.asarray(held_out.duplicate_groups) if groups is None else _numbered(groups)
+    member = np.asarray(held_out.duplicate_groups) if groups is None else group_numbers(groups, len(groups))
     if len(member) != len(held_out):
         raise ValueError(f"{len(held_out)} held-out texts, but {len(member)} groups")
     columns, best, chosen = [], {}, ()
@@ -265,9 +266,3 @@ def _check_groups(
             few.append(f"{emotion} ({n_in} in, {n_out} out)")
     if few:
         raise ValueError(f"too few groups of held-out texts for {', '.join(few)}: at least {FEWEST_GROUPS} are needed")
-
-
-def _numbered(names: np.ndarray | Sequence[Hashable]) -> Int[np.ndarray, "text"]:
-    number: dict[Hashable, int] = {}
-    plain = names.tolist() if isinstance(names, np.ndarray) else names
-    return np.array([number.setdefault(name, len(number)) for name in plain], dtype=np.int64)

@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
+from sae_emotion_plugin.evidence.resampling import group_numbers
 from sae_emotion_plugin.judges.judge import Figure
 
 FEWEST = 10
@@ -36,15 +37,14 @@ def auroc_figure(
         return Figure(measure, on, None, None, None, n_positive, n)
     values, level = np.unique(scores, return_inverse=True)
     whole = _weighted_auroc(level, len(values), positives, np.ones((1, n)))[0]
-    number: dict[Hashable, int] = {}
-    plain = groups.tolist() if isinstance(groups, np.ndarray) else groups
-    member = np.array([number.setdefault(group, len(number)) for group in plain])
+    member = group_numbers(groups, n)
+    n_groups = int(member.max()) + 1
     rng = np.random.default_rng(seed)
     drawn = []
     step = max(1, _CELLS_AT_ONCE // n)
     for first in range(0, resamples, step):
-        chosen = rng.integers(len(number), size=(min(step, resamples - first), len(number)))
-        times = np.stack([np.bincount(one, minlength=len(number)) for one in chosen])
+        chosen = rng.integers(n_groups, size=(min(step, resamples - first), n_groups))
+        times = np.stack([np.bincount(one, minlength=n_groups) for one in chosen])
         drawn.append(_weighted_auroc(level, len(values), positives, times[:, member].astype(np.float64)))
     low, high = np.nanquantile(np.concatenate(drawn), [0.025, 0.975])
     return Figure(measure, on, round(float(whole), 4), round(float(low), 4), round(float(high), 4), n_positive, n)
