@@ -1,6 +1,5 @@
 """SparseCodes and labelled texts -> FeatureScores: which features tell an emotion from the rest."""
 
-import html
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -14,9 +13,12 @@ from scipy.sparse import csr_matrix
 
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.evidence.association import FEWEST_POSITIVES, common_enough, sparse_auroc
+from sae_emotion_plugin.evidence.calibration import Calibration, calibrate
 from sae_emotion_plugin.evidence.stratified import length_strata, stratified_mann_whitney
 from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.sparse_codes import Pooling, SparseCodes
+from sae_emotion_plugin.tables import html_table, text_table
+from sae_emotion_plugin.text_splits import stratified_folds
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,19 +93,11 @@ class FeatureScores:
 
     def __repr__(self) -> str:
         summary, cells = self._table()
-        widths = [max(map(len, column)) for column in zip(TABLE_HEAD, *cells, strict=True)]
-        lines = (
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in (TABLE_HEAD, *cells)
-        )
-        return "\n".join([summary, *lines])
+        return f"{summary}\n{text_table(TABLE_HEAD, cells)}"
 
     def _repr_html_(self) -> str:
         summary, cells = self._table()
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in TABLE_HEAD)
-        lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in cells)
-        body = "".join(f"<tr>{line}</tr>" for line in lines)
-        return f"<table><caption>{html.escape(summary)}</caption><tr>{head}</tr>{body}</table>"
+        return html_table(summary, TABLE_HEAD, cells)
 
     def save(self, path: str | Path) -> Path:
         """Returns `path` after writing the scores there as JSON: `{"meta": {...}, "rows": [{...}, ...]}`.
@@ -222,7 +216,7 @@ def score_features(
     active = np.flatnonzero(found.rate_in[0] + found.rate_out[0])
     if len(active) == 0:
         raise ValueError("no feature is active in any training text")
-    strata = length_strata(np.bincount(train_codes.text_index, minlength=len(train_texts)))
+    strata = length_strata(train_codes.text_lengths)
     tested = stratified_mann_whitney(pooled, labels, strata)
     best = active[np.argsort(-found.auroc[:, active], axis=1, kind="stable")[:, :top]]
     held_out_matrix = held_out_codes.pooled(pooling).tocsc()
@@ -282,11 +276,9 @@ def choose_pooling(
     of max, mean, last. Near-duplicates share a fold. An emotion too rare for a fold is left out there.
     """
     _check_pair(codes, texts, "texts")
-    if folds < 2:
-        raise ValueError(f"folds must be at least 2, got {folds}")
     chosen = _checked_emotions(emotions, texts)
     labels = _labels_of(texts, chosen)
-    parts = _folds(texts, folds, seed)
+    parts = stratified_folds(texts.label_matrix(), texts.duplicate_groups, folds, seed)
     pooled: dict[Pooling, csr_matrix] = {pooling: codes.pooled(pooling) for pooling in CANDIDATE_POOLINGS}
     found: dict[Pooling, list[float]] = {pooling: [] for pooling in CANDIDATE_POOLINGS}
     for part in parts:
@@ -302,6 +294,31 @@ def choose_pooling(
     means = {pooling: float(np.mean(aurocs)) for pooling, aurocs in found.items()}
     logger.info("cross-validated AUROC of the best features: %s", means)
     return max(CANDIDATE_POOLINGS, key=lambda pooling: means[pooling])
+
+
+def null_runs(
+    codes: SparseCodes,
+    texts: LabelledTexts,
+    *,
+    pooling: Pooling = "max",
+    permutations: int = 200,
+    skip_rare: bool = False,
+    seed: int = 0,
+) -> Calibration:
+    """Returns how often the tests of `score_features` find something when the labels are permuted and mean nothing.
+
+    See `evidence.calibration.calibrate`. ValueError for labels with fewer than 20 texts, unless they are skipped.
+    """
+    _check_pair(codes, texts, "texts")
+    return calibrate(
+        codes.pooled(pooling),
+        texts.label_matrix(),
+        length_strata(codes.text_lengths),
+        label_names=texts.labels,
+        permutations=permutations,
+        skip_rare=skip_rare,
+        seed=seed,
+    )
 
 
 def with_tokens(
@@ -346,14 +363,6 @@ def _largest(values: Num[np.ndarray, "value"], n: int) -> list[int]:
 def _positions(part: LabelledTexts, whole: LabelledTexts) -> Int[np.ndarray, "text"]:
     position = {text_id: i for i, text_id in enumerate(whole.ids)}
     return np.array([position[text_id] for text_id in part.ids], dtype=np.int64)
-
-
-def _folds(texts: LabelledTexts, folds: int, seed: int) -> list[Int[np.ndarray, "part"]]:
-    parts, rest = [], texts
-    for remaining in range(folds, 1, -1):
-        rest, part = rest.split(1 / remaining, seed)
-        parts.append(_positions(part, texts))
-    return [*parts, _positions(rest, texts)]
 
 
 def _checked_emotions(emotions: Sequence[str] | None, texts: LabelledTexts) -> tuple[str, ...]:

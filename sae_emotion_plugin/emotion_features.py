@@ -6,13 +6,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from sae_emotion_plugin.activations import HookedModel
-from sae_emotion_plugin.discovery import FeatureScores, choose_pooling, score_features
+from sae_emotion_plugin.discovery import FeatureScores, choose_pooling, null_runs, score_features
 from sae_emotion_plugin.emotion_texts import LabelledTexts, without_overlap
-from sae_emotion_plugin.evidence.calibration import Calibration, calibrate
-from sae_emotion_plugin.evidence.stratified import length_strata
+from sae_emotion_plugin.evidence.calibration import Calibration
 from sae_emotion_plugin.feature_tokens import with_promoted_tokens
 from sae_emotion_plugin.models import model_identity
 from sae_emotion_plugin.sparse_codes import Pooling, SparseCodes, encode_texts
@@ -100,15 +97,7 @@ def calibration(
 ) -> Calibration:
     """How often the tests of `discover` find something when the labels of `texts` are permuted and mean nothing.
 
-    Arguments as in `discover`; see `evidence.calibration.calibrate`. ValueError for labels with fewer than 20 texts.
+    Arguments as in `discover`; see `discovery.null_runs`. ValueError for labels with fewer than 20 texts.
     """
     codes = encode_texts(model, sae, texts, cache=cache, progress=progress)
-    return calibrate(
-        codes.pooled(pooling),
-        texts.label_matrix(),
-        length_strata(np.bincount(codes.text_index, minlength=len(texts))),
-        label_names=texts.labels,
-        permutations=permutations,
-        skip_rare=skip_rare,
-        seed=seed,
-    )
+    return null_runs(codes, texts, pooling=pooling, permutations=permutations, skip_rare=skip_rare, seed=seed)

@@ -1,7 +1,6 @@
 """Texts with emotion labels: the bundled corpus, readers for the user's own, and leak-free splits."""
 
 import gzip
-import html
 import json
 import os
 from collections import Counter
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from sae_emotion_plugin.tables import html_table
 from sae_emotion_plugin.text_rows import (
     LABEL_COLUMNS,
     Columns,
@@ -276,9 +276,7 @@ class LabelledTexts:
             (self.ids[n], ", ".join(self.emotions[n]), self.texts[n][:200] + "…" * (len(self.texts[n]) > 200))
             for n in range(min(5, len(self)))
         ]
-        rows = ["<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in cells]
-        head = "<tr><th>id</th><th>labels</th><th>text</th></tr>"
-        return f"<p>{html.escape(repr(self))}</p><table>{head}{''.join(rows)}</table>"
+        return html_table(repr(self), ("id", "labels", "text"), cells)
 
 
 def without_overlap(train: LabelledTexts, held_out: LabelledTexts) -> tuple[LabelledTexts, int]:

@@ -1,6 +1,5 @@
 """Steered continuations beside their baselines, judged: rows, their file, and what steering did and cost over many."""
 
-import html
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sae_emotion_plugin.evidence.resampling import bootstrap_mean_interval
 from sae_emotion_plugin.files import write_whole
+from sae_emotion_plugin.tables import html_table
 
 if TYPE_CHECKING:
     import pandas
@@ -104,10 +104,7 @@ class Generations:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{name}</th>" for name in ("prompt", "steering", "before", "after", "valence"))
-        cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in self._table())
-        body = "".join(f"<tr>{line}</tr>" for line in cells)
-        return f"<table><caption>{len(self.rows)} rows</caption><tr>{head}</tr>{body}</table>"
+        return html_table(f"{len(self.rows)} rows", ("prompt", "steering", "before", "after", "valence"), self._table())
 
 
 def perplexity_ratio(rows: Sequence[Generation]) -> float | None:

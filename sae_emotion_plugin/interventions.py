@@ -1,6 +1,5 @@
 """A `SteeringPlan` (which features, how strongly) and the hook that carries it out on a model."""
 
-import html
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 from sae_emotion_plugin.activations import HookedModel, canonical_hook
 from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.sparse_codes import CHUNK_ENTRIES, checked_hook, flat_heads, token_settings
+from sae_emotion_plugin.tables import html_table
 
 if TYPE_CHECKING:
     import pandas
@@ -159,14 +159,10 @@ class SteeringPlan:
         return f"SteeringPlan({', '.join(parts)}; {self.unit}{norm} at {self.hook_name})"
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{name}</th>" for name in ("feature", "mode", "amount"))
-        lines = (
-            f"<tr><td>{one.feature}</td><td>{html.escape(one.mode)}</td><td>{one.amount:+g}</td></tr>"
-            for one in self.interventions
-        )
+        lines = ((str(one.feature), one.mode, f"{one.amount:+g}") for one in self.interventions)
         norm = "" if self.residual_norm is None else f" of {self.residual_norm:g}"
-        caption = html.escape(f"SteeringPlan at {self.hook_name}, amounts in {self.unit}{norm}")
-        return f"<table><caption>{caption}</caption><tr>{head}</tr>{''.join(lines)}</table>"
+        caption = f"SteeringPlan at {self.hook_name}, amounts in {self.unit}{norm}"
+        return html_table(caption, ("feature", "mode", "amount"), lines)
 
 
 @contextmanager

@@ -121,10 +121,10 @@ def quickstart(
     generations.save(out_dir / "generations.json")
 
     findings = findings_of(generations, SIGNS, {"neutral": openings("neutral"), "unpleasant": openings("unpleasant")})
-    wall_time = round(time.monotonic() - started)
+    null_note = calibration_note(found.held_out_codes, found.held_out, scores.meta["pooling"], seed)
     content = ReportContent(
         title="Emotion features, found and steered",
-        meta={**meta, "wall_time_s": wall_time},
+        meta={**meta, "wall_time_s": round(time.monotonic() - started)},
         scores=[asdict(row) for row in scores.rows],
         dictionary=dictionary_metrics(dictionary),
         distributions=score_distributions(scores, found.held_out_codes, found.held_out),
@@ -134,7 +134,7 @@ def quickstart(
         generations=[asdict(row) for row in generations.rows],
         highlights=highlighted_texts(hooked, scores, found.held_out_codes, found.held_out, HIGHLIGHTS_PER_EMOTION),
         demo_prompt=DEMO_PROMPT,
-        method=[calibration_note(found.held_out_codes, found.held_out, scores.meta["pooling"], seed)],
+        method=[null_note],
     )
     page = write_report(out_dir, content)
     return QuickstartResult(page, scores, generations, findings)

@@ -4,7 +4,6 @@ The references (`reference_saes`) show the size of an effect. None is an empty n
 directions can read emotion too, well above an AUROC of 0.5. What is asked is how much training adds to that.
 """
 
-import html
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -12,13 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Int
 
 from sae_emotion_plugin.discovery import score_features
 from sae_emotion_plugin.emotion_texts import LabelledTexts
-from sae_emotion_plugin.evidence.resampling import group_numbers
+from sae_emotion_plugin.evidence.auroc_intervals import compare_aurocs
+from sae_emotion_plugin.evidence.resampling import check_resampling, group_numbers
 from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.sparse_codes import Pooling, SparseCodes
+from sae_emotion_plugin.tables import html_table, text_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 MEAN = "mean"
 """What stands for the emotion in the row of the mean over emotions."""
 FEWEST_GROUPS = 20
-RESAMPLED_CELLS_PER_CHUNK = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -108,19 +108,11 @@ class ReferenceMargins:
 
     def __repr__(self) -> str:
         summary, cells = self._table()
-        widths = [max(map(len, column)) for column in zip(TABLE_HEAD, *cells, strict=True)]
-        lines = (
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in (TABLE_HEAD, *cells)
-        )
-        return "\n".join([summary, *lines])
+        return f"{summary}\n{text_table(TABLE_HEAD, cells)}"
 
     def _repr_html_(self) -> str:
         summary, cells = self._table()
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in TABLE_HEAD)
-        lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in cells)
-        body = "".join(f"<tr>{line}</tr>" for line in lines)
-        return f"<table><caption>{html.escape(summary)}</caption><tr>{head}</tr>{body}</table>"
+        return html_table(summary, TABLE_HEAD, cells)
 
 
 TABLE_HEAD = ("reference", "emotion", "trained", "reference", "margin")
@@ -143,8 +135,8 @@ def reference_margins(
     """Returns the margin of the dictionary `trained` over every other one in `codes`, for each emotion and on average.
 
     Each dictionary's best feature of an emotion is the one with the highest AUROC on `texts`; what is compared is its
-    AUROC on `held_out`. The interval is a percentile bootstrap over groups of held-out texts with the same draws for
-    both dictionaries: it covers other texts of this kind, not another training seed.
+    AUROC on `held_out`. The interval is a studentised bootstrap over groups of held-out texts with the same draws for
+    both dictionaries (`compare_aurocs`): it covers other texts of this kind, not another training seed.
 
     Args:
         codes: of `texts`, by the dictionary's name; `held_out_codes` those of `held_out` under the same names.
@@ -162,37 +154,36 @@ def reference_margins(
         raise ValueError(f"no reference beside {trained!r}: a margin needs codes of at least one")
     if set(names) != set(held_out_codes):
         raise ValueError(f"the held-out codes are of {', '.join(held_out_codes)}, the others of {', '.join(names)}")
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, got {level}")
+    check_resampling(level, resamples)
     member = np.asarray(held_out.duplicate_groups) if groups is None else group_numbers(groups, len(groups))
     if len(member) != len(held_out):
         raise ValueError(f"{len(held_out)} held-out texts, but {len(member)} groups")
-    columns, best, chosen = [], {}, ()
+    values, best, chosen = {}, {}, ()
     for name in names:
         scores = score_features(
             codes[name], texts, held_out=(held_out_codes[name], held_out), pooling=pooling, top=1, emotions=emotions
         )
         chosen, best[name] = scores.emotions, [row.feature for row in scores.rows]
-        columns.append(held_out_codes[name].pooled(pooling).tocsc()[:, best[name]].toarray())
+        values[name] = held_out_codes[name].pooled(pooling).tocsc()[:, best[name]].toarray()
     labels = np.array([[emotion in own for emotion in chosen] for own in held_out.emotions], dtype=bool)
     _check_groups(labels, member, chosen)
-    values, positives = np.concatenate(columns, axis=1), np.tile(labels, len(names))
-    shape = (len(names), len(chosen))
-    found = weighted_aurocs(values, positives, np.ones((1, len(held_out)))).reshape(shape)
-    drawn = resampled_aurocs(values, positives, member, resamples=resamples, seed=seed).reshape(-1, *shape)
     rows = []
-    for n, name in enumerate(names[1:], start=1):
-        margins = drawn[:, 0] - drawn[:, n]
-        means = (float(found[0].mean()), float(found[n].mean()), margins.mean(axis=1), None, None)
-        each = [
-            (float(found[0, e]), float(found[n, e]), margins[:, e], best[trained][e], best[name][e])
-            for e in range(len(chosen))
-        ]
-        for emotion, (ours, theirs, spread, feature, other) in zip((MEAN, *chosen), (means, *each), strict=True):
-            low, high = np.quantile(spread, [(1 - level) / 2, (1 + level) / 2])
-            rows.append(
-                ReferenceMargin(name, emotion, ours, theirs, ours - theirs, float(low), float(high), feature, other)
+    for name in names[1:]:
+        features: list[tuple[int | None, int | None]] = [(None, None), *zip(best[trained], best[name], strict=True)]
+        columns = [list(range(len(chosen))), *([column] for column in range(len(chosen)))]
+        for emotion, column, pair in zip((MEAN, *chosen), columns, features, strict=True):
+            found = compare_aurocs(
+                values[trained][:, column],
+                values[name][:, column],
+                labels[:, column],
+                margin=0.0,
+                groups=member,
+                level=level,
+                resamples=resamples,
+                seed=seed,
             )
+            ends = found.difference, found.low, found.high
+            rows.append(ReferenceMargin(name, emotion, found.first, found.second, *ends, *pair))
     meta = {
         "trained": trained,
         "emotions": list(chosen),
@@ -205,55 +196,6 @@ def reference_margins(
         "d_sae": {name: codes[name].d_sae for name in names},
     }
     return ReferenceMargins(meta, tuple(rows))
-
-
-def resampled_aurocs(
-    values: Num[np.ndarray, "text column"],
-    positives: Bool[np.ndarray, "text column"],
-    groups: Int[np.ndarray, "text"],
-    *,
-    resamples: int,
-    seed: int,
-) -> Float[np.ndarray, "resample column"]:
-    """Returns the AUROC of every column in resamples of whole groups of texts, the same draws for all columns.
-
-    ValueError when a resample leaves a column a single class: its texts lie in too few groups.
-    """
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
-    _, member = np.unique(groups, return_inverse=True)
-    n_groups = int(member.max()) + 1
-    rng = np.random.default_rng(seed)
-    step = max(1, RESAMPLED_CELLS_PER_CHUNK // len(values))
-    parts = []
-    for first in range(0, resamples, step):
-        draws = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=min(step, resamples - first))
-        parts.append(weighted_aurocs(values, positives, draws[:, member].astype(np.float64)))
-    return np.concatenate(parts)
-
-
-def weighted_aurocs(
-    values: Num[np.ndarray, "text column"],
-    positives: Bool[np.ndarray, "text column"],
-    weights: Float[np.ndarray, "resample text"],
-) -> Float[np.ndarray, "resample column"]:
-    """Returns the AUROC of every column, ties counting one half, when a text counts as often as its weight says.
-
-    ValueError for weights that leave a column a single class.
-    """
-    found = np.empty((len(weights), values.shape[1]))
-    for column, (value, positive) in enumerate(zip(values.T, positives.T, strict=True)):
-        order = np.argsort(value, kind="stable")
-        starts = np.flatnonzero(np.r_[True, np.diff(value[order]) != 0])
-        ordered = weights[:, order]
-        in_class = np.add.reduceat(ordered * positive[order], starts, axis=1)
-        out = np.add.reduceat(ordered, starts, axis=1) - in_class
-        pairs = in_class.sum(axis=1) * out.sum(axis=1)
-        if not pairs.all():
-            raise ValueError(f"a resample leaves column {column} a single class: its texts lie in too few groups")
-        below = np.cumsum(out, axis=1) - out
-        found[:, column] = (in_class * (below + out / 2)).sum(axis=1) / pairs
-    return found
 
 
 def _check_groups(

@@ -8,11 +8,9 @@ import numpy as np
 
 from sae_emotion_plugin import registry
 from sae_emotion_plugin.activations import HookedModel
-from sae_emotion_plugin.discovery import FeatureScores
+from sae_emotion_plugin.discovery import FeatureScores, null_runs
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.evaluation import DictionaryReport
-from sae_emotion_plugin.evidence.calibration import calibrate
-from sae_emotion_plugin.evidence.stratified import length_strata
 from sae_emotion_plugin.generations import Generations, summary
 from sae_emotion_plugin.models import decode_token
 from sae_emotion_plugin.report_content import (
@@ -57,13 +55,7 @@ def score_distributions(scores: FeatureScores, codes: SparseCodes, texts: Labell
 
 def calibration_note(codes: SparseCodes, texts: LabelledTexts, pooling: Pooling, seed: int) -> MethodNote:
     """What the tests find in these texts when their labels are permuted and mean nothing."""
-    found = calibrate(
-        codes.pooled(pooling),
-        texts.label_matrix(),
-        length_strata(np.bincount(codes.text_index, minlength=len(texts))),
-        label_names=texts.labels,
-        seed=seed,
-    )
+    found = null_runs(codes, texts, pooling=pooling, seed=seed)
     verdict = "the tests keep their promise" if found.holds else "THE TESTS DO NOT KEEP THEIR PROMISE HERE"
     text = (
         f"The held-out labels were permuted {found.permutations} times within strata of text length, which leaves "

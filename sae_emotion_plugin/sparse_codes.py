@@ -55,6 +55,11 @@ class SparseCodes:
     def n_tokens(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def text_lengths(self) -> Int[np.ndarray, "text"]:
+        """How many tokens each text has."""
+        return np.bincount(self.text_index, minlength=self.n_texts)
+
     def matrix(self) -> scipy.sparse.csr_matrix:
         """The codes as a scipy matrix `[token, d_sae]` that shares our arrays."""
         return scipy.sparse.csr_matrix(

@@ -1,6 +1,5 @@
 """What steering costs besides its effect, for every plan: one function, one table."""
 
-import html
 import json
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from sae_emotion_plugin.interventions import SteeringPlan, check_plan, steering
 from sae_emotion_plugin.likelihoods import mean_kl
 from sae_emotion_plugin.models import model_identity
 from sae_emotion_plugin.sparse_codes import checked_hook, token_settings
+from sae_emotion_plugin.tables import html_table, text_table
 from sae_emotion_plugin.text_costs import distinct_2, four_gram_repetition, language_switch, words
 
 if TYPE_CHECKING:
@@ -136,19 +136,11 @@ class SteeringCosts:
 
     def __repr__(self) -> str:
         caption, cells = self._table()
-        widths = [max(map(len, column)) for column in zip(TABLE_HEAD, *cells, strict=True)]
-        lines = (
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in (TABLE_HEAD, *cells)
-        )
-        return "\n".join([caption, *lines])
+        return f"{caption}\n{text_table(TABLE_HEAD, cells)}"
 
     def _repr_html_(self) -> str:
         caption, cells = self._table()
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in TABLE_HEAD)
-        lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in cells)
-        body = "".join(f"<tr>{line}</tr>" for line in lines)
-        return f"<table><caption>{html.escape(caption)}</caption><tr>{head}</tr>{body}</table>"
+        return html_table(caption, TABLE_HEAD, cells)
 
 
 def steering_costs(

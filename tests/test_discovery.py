@@ -11,7 +11,6 @@ from sae_emotion_plugin.discovery import (
     FEATURES_PER_LOGIT_CHUNK,
     FeatureScore,
     FeatureScores,
-    _folds,
     choose_pooling,
     score_features,
     with_tokens,
@@ -317,21 +316,6 @@ def test_the_pooling_that_shows_the_emotion_is_chosen(pooling: str) -> None:
     texts = make_texts(120)
     texts = relabelled(texts, [("joy",) if "joy" in labels else () for labels in texts.emotions])
     assert choose_pooling(planted_for(pooling, texts), texts, seed=2) == pooling
-
-
-def test_each_text_is_in_one_fold_and_near_duplicates_share_it() -> None:
-    texts = make_texts(31)
-    doubled = LabelledTexts(
-        texts=texts.texts + tuple(text.upper() for text in texts.texts),
-        emotions=texts.emotions * 2,
-        ids=texts.ids + tuple(f"{text_id}-twin" for text_id in texts.ids),
-        language="en",
-    )
-    parts = _folds(doubled, 4, seed=1)
-    assert len(parts) == 4
-    assert sorted(np.concatenate(parts)) == list(range(62))
-    assert all(12 <= len(part) <= 20 for part in parts)
-    assert all(set(part) == {(text + 31) % 62 for text in part} for part in parts)
 
 
 def test_poolings_are_compared_on_texts_that_did_not_choose_the_feature(

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from sae_emotion_plugin.evidence.auroc_intervals import auroc_interval
 from sae_emotion_plugin.judges.figures import auroc_figure
 
 
@@ -21,18 +22,14 @@ def test_the_figure_equals_counting_pairs_ties_and_all(decimals: int) -> None:
     assert (figure.n_positive, figure.n) == (positives.sum(), 80)
 
 
-def test_the_interval_equals_a_plain_loop_over_resampled_groups() -> None:
+def test_the_interval_is_that_of_whole_groups() -> None:
     rng = np.random.default_rng(3)
     groups = np.repeat(np.arange(12), 5)
     positives = rng.random(60) < 0.5
     scores = np.round(rng.normal(size=60) + 0.7 * positives, 1)
     figure = auroc_figure("joy", "texts", scores, positives, groups, resamples=200, seed=9)
-    drawn = np.random.default_rng(9).integers(12, size=(200, 12))
-    found = []
-    for draw in drawn:
-        places = np.concatenate([np.flatnonzero(groups == group) for group in draw])
-        found.append(plain_auroc(scores[places], positives[places]))
-    assert [figure.low, figure.high] == np.quantile(found, [0.025, 0.975]).round(4).tolist()
+    found = auroc_interval(scores, positives, groups=groups, resamples=200, seed=9)
+    assert (figure.low, figure.high) == (round(found.low, 4), round(found.high, 4))
 
 
 def test_copies_in_a_group_widen_the_interval_as_if_they_were_one() -> None:
@@ -57,10 +54,13 @@ def test_constant_scores_are_chance() -> None:
     assert (figure.auroc, figure.low, figure.high) == (0.5, 0.5, 0.5)
 
 
-def test_resamples_without_a_class_are_left_out() -> None:
-    positives = np.arange(40) < 20  # two groups, each of one class: half of the resamples have one class
-    figure = auroc_figure("joy", "", np.arange(40), positives, positives.tolist(), resamples=50)
-    assert (figure.auroc, figure.low, figure.high) == (0, 0, 0)
+def test_ten_texts_in_fewer_groups_are_too_few() -> None:
+    positives = np.arange(60) < 20
+    groups = np.where(positives, np.arange(60) % 9, np.arange(60))
+    figure = auroc_figure("joy", "", np.arange(60), positives, groups)
+    assert (figure.auroc, figure.n_positive, figure.n) == (None, 20, 60)
+    whole = auroc_figure("joy", "", np.arange(60), positives, np.arange(60))
+    assert (whole.auroc, whole.low, whole.high) == (0, 0, 0)
 
 
 def test_bad_input_is_named() -> None:

@@ -9,13 +9,8 @@ import scipy.sparse
 from scipy.stats import mannwhitneyu
 
 from sae_emotion_plugin.emotion_texts import LabelledTexts
-from sae_emotion_plugin.reference_margins import (
-    ReferenceMargin,
-    ReferenceMargins,
-    reference_margins,
-    resampled_aurocs,
-    weighted_aurocs,
-)
+from sae_emotion_plugin.evidence.auroc_intervals import compare_aurocs
+from sae_emotion_plugin.reference_margins import ReferenceMargin, ReferenceMargins, reference_margins
 from sae_emotion_plugin.sparse_codes import SparseCodes
 
 EMOTIONS = ("fear", "joy")
@@ -115,37 +110,15 @@ def test_the_held_out_texts_choose_nothing() -> None:
     assert row.feature == 3 and row.auroc < 0.6
 
 
-def test_resamples_equal_a_plain_loop_over_copied_texts() -> None:
-    rng = np.random.default_rng(0)
-    values = rng.integers(0, 4, size=(40, 3)).astype(float)
-    values[:, 2] = 0
-    positives = np.stack([rng.random(40) < share for share in (0.3, 0.5, 0.7)], axis=1)
-    groups = np.repeat(np.arange(20), 2)
-    found = resampled_aurocs(values, positives, groups, resamples=25, seed=4)
-    draws = np.random.default_rng(4).multinomial(20, np.full(20, 1 / 20), size=25)
-    for draw, row in zip(draws, found, strict=True):
-        copied = np.concatenate([np.flatnonzero(groups == group) for group in np.repeat(np.arange(20), draw)])
-        for column in range(3):
-            value, positive = values[copied, column], positives[copied, column]
-            pairs = [(a > b) + (a == b) / 2 for a in value[positive] for b in value[~positive]]
-            assert row[column] == pytest.approx(np.mean(pairs))
-    assert (found[:, 2] == 0.5).all()
-
-
-def test_weights_of_one_give_the_plain_auroc_in_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sae_emotion_plugin import reference_margins as module
-
-    rng = np.random.default_rng(0)
-    values, positives, groups = rng.random((30, 2)), rng.random((30, 2)) < 0.5, np.arange(30)
-    whole = resampled_aurocs(values, positives, groups, resamples=50, seed=0)
-    monkeypatch.setattr(module, "RESAMPLED_CELLS_PER_CHUNK", 100)
-    np.testing.assert_array_equal(resampled_aurocs(values, positives, groups, resamples=50, seed=0), whole)
-    plain = weighted_aurocs(values, positives, np.ones((1, 30)))
-    for column in range(2):
-        u = mannwhitneyu(values[positives[:, column], column], values[~positives[:, column], column]).statistic
-        assert plain[0, column] == pytest.approx(
-            u / (positives[:, column].sum() * (~positives[:, column]).sum()), abs=1e-12
-        )
+def test_the_intervals_are_those_of_the_paired_comparison_of_the_best_features() -> None:
+    made = study(trained=2.0, weak=0.7)
+    margins = margins_of(made)
+    ours, theirs = (made["held_out_codes"][name].matrix().toarray()[:, [1, 3]] for name in ("trained", "weak"))
+    options = {"margin": 0.0, "groups": np.arange(400), "resamples": 300, "seed": 0}
+    mean = compare_aurocs(ours, theirs, made["held_out_labels"], **options)
+    joy = compare_aurocs(ours[:, 1], theirs[:, 1], made["held_out_labels"][:, 1], **options)
+    for row, expected in ((margins.of("weak"), mean), (margins.of("weak", "joy"), joy)):
+        assert (row.margin, row.low, row.high) == (expected.difference, expected.low, expected.high)
 
 
 def test_copies_of_texts_widen_nothing_when_they_are_one_group_and_narrow_when_not() -> None:
@@ -188,19 +161,12 @@ def test_too_few_groups_are_refused_by_the_emotions_name() -> None:
     assert margins_of(made, groups=documents, emotions=["fear"]).of("weak", "fear").margin > 0
 
 
-def test_a_resample_of_a_single_class_is_refused() -> None:
-    values, positives = np.arange(4.0)[:, None], np.array([[True], [False], [False], [False]])
-    with pytest.raises(ValueError, match="leaves column 0 a single class"):
-        resampled_aurocs(values, positives, np.arange(4), resamples=50, seed=0)
-    with pytest.raises(ValueError, match="resamples must be at least 1, got 0"):
-        resampled_aurocs(values, positives, np.arange(4), resamples=0, seed=0)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"trained": "ours"}, r"no codes named 'ours' \(valid: trained, weak\)"),
         ({"level": 1.0}, "level must lie between 0 and 1, got 1.0"),
+        ({"resamples": 0}, "resamples must be at least 1, got 0"),
         ({"groups": ["one"]}, "400 held-out texts, but 1 groups"),
         ({"emotions": ["awe"]}, "unknown emotions: awe; the texts have: fear, joy"),
     ],
