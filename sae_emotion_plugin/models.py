@@ -23,6 +23,8 @@ from jaxtyping import Float
 from platformdirs import user_cache_path
 from torch import Tensor
 
+from sae_emotion_plugin.progress import quiet_loading
+
 logger = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
@@ -193,7 +195,7 @@ def _boot_folder(folder: Path, device: str, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        with _quiet_progress():
+        with quiet_loading():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
             tokenizer = AutoTokenizer.from_pretrained(folder)
     except ImportError:
@@ -297,21 +299,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet_progress() -> Iterator[None]:
-    """Hide the weight-loading bar of `transformers`: a load that takes a second needs none."""
-    from transformers.utils import logging as transformers_logging
-
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-@contextmanager
 def _quiet_boot() -> Iterator[None]:
-    with warnings.catch_warnings(), _quiet_progress():
+    with warnings.catch_warnings(), quiet_loading():
         warnings.simplefilter("ignore")
         yield

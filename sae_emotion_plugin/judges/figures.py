@@ -6,11 +6,11 @@ import numpy as np
 from jaxtyping import Bool, Num
 
 from sae_emotion_plugin.evidence.auroc_intervals import auroc_interval
-from sae_emotion_plugin.evidence.resampling import group_numbers
+from sae_emotion_plugin.evidence.resampling import FEWEST_GROUPS_TO_STUDENTISE, group_numbers
 from sae_emotion_plugin.judges.judge import Figure
 
 FEWEST = 10
-"""Groups of texts on either side below which no AUROC is stated."""
+"""Texts on either side below which no AUROC is stated."""
 
 
 def auroc_figure(
@@ -25,14 +25,15 @@ def auroc_figure(
 ) -> Figure:
     """The AUROC of `scores` with the ends of its 95 % interval over whole `groups` (`auroc_interval`).
 
-    With positives or others in fewer than 10 groups the AUROC is not stated, only the counts. ValueError for scores
-    that are not finite, and for unequal lengths.
+    With fewer than 10 positives or 10 others, or either in fewer than 5 groups, the AUROC is not stated, only the
+    counts. ValueError for scores that are not finite, and for unequal lengths.
     """
     n_positive, n = int(positives.sum()), len(positives)
     if not len(scores) == n == len(groups):
         raise ValueError(f"{len(scores)} scores, {n} labels and {len(groups)} groups")
     member = group_numbers(groups, n)
-    if min(len(np.unique(member[side])) for side in (positives, ~positives)) < FEWEST:
+    fewest_groups = min(len(np.unique(member[side])) for side in (positives, ~positives))
+    if min(n_positive, n - n_positive) < FEWEST or fewest_groups < FEWEST_GROUPS_TO_STUDENTISE:
         return Figure(measure, on, None, None, None, n_positive, n)
     found = auroc_interval(scores, positives, groups=member, resamples=resamples, seed=seed)
     return Figure(measure, on, round(found.mean, 4), round(found.low, 4), round(found.high, 4), n_positive, n)

