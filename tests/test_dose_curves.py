@@ -7,13 +7,11 @@ from sae_emotion_plugin.evidence.dose_curves import (
     DoseCurve,
     DosePoint,
     best_effect_up_to,
-    curve_table,
+    curve_value,
     dose_means,
     effect_at,
     monotone_costs,
-    prompt_table,
-    slot_means,
-    value_and_pulls,
+    prompt_means,
 )
 
 
@@ -50,7 +48,7 @@ def test_costs_are_made_monotone_as_by_pooling_adjacent_violators() -> None:
 @pytest.mark.parametrize("ratio", [1.05, 1.3, 2.0])
 def test_the_effect_at_a_cost_is_interpolated_linearly_in_log_cost(ratio: float) -> None:
     effects, costs = random_curves(np.random.default_rng(1))
-    found, *_ = effect_at(ratio)(effects, costs)
+    found = effect_at(ratio)(effects, costs)
     reached = 0
     for row in range(len(costs)):
         own_costs, own_effects = pooled_by_a_loop(costs[row].tolist(), effects[row].tolist())
@@ -64,7 +62,7 @@ def test_the_effect_at_a_cost_is_interpolated_linearly_in_log_cost(ratio: float)
 
 def test_the_frontier_is_the_best_effect_up_to_each_cost() -> None:
     effects, costs = random_curves(np.random.default_rng(2), n=40)
-    found, *_ = best_effect_up_to(1.8)(effects, costs)
+    found = best_effect_up_to(1.8)(effects, costs)
     for row in range(len(costs)):
         own_costs, own_effects = pooled_by_a_loop(costs[row].tolist(), effects[row].tolist())
         grid = np.linspace(min(own_costs), math.log(1.8), 20_001)
@@ -74,28 +72,12 @@ def test_the_frontier_is_the_best_effect_up_to_each_cost() -> None:
         assert found[row] == pytest.approx(best[grid >= 0].mean(), abs=0.01)
 
 
-@pytest.mark.parametrize("statistic", [effect_at(1.3), best_effect_up_to(1.5)])
-def test_the_derivatives_are_those_of_finite_differences(statistic) -> None:
-    effects, costs = random_curves(np.random.default_rng(3), n=50)
-    costs += np.random.default_rng(4).uniform(0, 0.03, size=costs.shape)  # no ties: there the pooling jumps
-    value, by_effect, by_cost = statistic(effects, costs)
-    step = 1e-7
-    for dose in range(1, costs.shape[1]):
-        for array, slope in ((effects, by_effect), (costs, by_cost)):
-            moved = array.copy()
-            moved[:, dose] += step
-            changed, *_ = statistic(moved, costs) if array is effects else statistic(effects, moved)
-            known = ~np.isnan(value) & ~np.isnan(changed)
-            # The frontier's grid is fixed, so that a cost that crosses a grid point makes it jump; here none does.
-            np.testing.assert_allclose(((changed - value) / step)[known], slope[known, dose], atol=1e-4)
-
-
 def test_a_single_dose_is_interpolated_from_the_unsteered_model() -> None:
     effects, costs = np.array([[0.0, 0.8]]), np.array([[0.0, math.log(4)]])
-    assert effect_at(2.0)(effects, costs)[0] == pytest.approx(0.4)
-    assert effect_at(4.0)(effects, costs)[0] == pytest.approx(0.8)
-    assert np.isnan(effect_at(4.1)(effects, costs)[0])
-    assert best_effect_up_to(4.0)(effects, costs)[0] == pytest.approx(0.4, abs=1e-3)
+    assert effect_at(2.0)(effects, costs) == pytest.approx(0.4)
+    assert effect_at(4.0)(effects, costs) == pytest.approx(0.8)
+    assert np.isnan(effect_at(4.1)(effects, costs))
+    assert best_effect_up_to(4.0)(effects, costs) == pytest.approx(0.4, abs=1e-3)
 
 
 def test_prompts_weigh_equally_and_points_without_likelihood_are_left_out_and_counted() -> None:
@@ -122,7 +104,7 @@ def test_prompts_weigh_equally_and_points_without_likelihood_are_left_out_and_co
     assert "2 prompts, 2 points without likelihood left out" in repr(curve)
 
 
-def test_drawn_slots_equal_a_plain_loop() -> None:
+def test_the_mean_curve_of_drawn_prompts_equals_a_plain_loop() -> None:
     rng = np.random.default_rng(5)
     points = [
         DosePoint(dose, float(rng.normal()), float(rng.uniform(1, 2)) if rng.random() < 0.8 else None, f"p{p}", s)
@@ -130,29 +112,25 @@ def test_drawn_slots_equal_a_plain_loop() -> None:
         for p in range(4)
         for s in range(1 + p % 3)
     ]
-    curve = DoseCurve("m", tuple(points))
-    places, present = prompt_table([curve])
+    prompts = [f"p{p}" for p in (3, 1, 0, 2)]
+    tables = prompt_means(DoseCurve("m", tuple(points)), prompts)
     drawn = rng.integers(4, size=(6, 4))
-    picked = np.where(np.arange(3) < present.sum(axis=1)[drawn][..., None], 0, -1)
-    picked[..., 1][picked[..., 1] >= 0] = 1
-    effects, costs = slot_means(curve_table(curve, places, present), drawn, picked)
+    effects, costs = (dose_means(table[drawn]) for table in tables)
     for r in range(6):
-        for slot in range(4):
-            for d, dose in enumerate(curve.doses):
-                chosen = [
-                    point
-                    for pick in picked[r, slot].tolist()
+        for d, dose in enumerate((1.0, 2.0)):
+            known = [
+                [
+                    (point.effect, math.log(point.perplexity_ratio))
                     for point in points
-                    if pick >= 0 and (point.dose, point.prompt, point.seed) == (dose, f"p{drawn[r, slot]}", pick)
+                    if (point.dose, point.prompt) == (dose, prompts[i]) and point.perplexity_ratio is not None
                 ]
-                known = [(q.effect, math.log(q.perplexity_ratio)) for q in chosen if q.perplexity_ratio is not None]
-                expected = np.mean(known, axis=0) if known else (np.nan, np.nan)
-                np.testing.assert_allclose((effects[r, slot, d], costs[r, slot, d]), expected)
-    value, pulls = value_and_pulls((effects, costs), effect_at(1.2))
-    assert value.shape == (6,)
-    assert pulls.shape == (6, 4)
-    np.testing.assert_allclose(pulls[~np.isnan(value)].sum(axis=1), 0, atol=1e-9)
-    assert dose_means(effects).shape == (6, 2)
+                for i in drawn[r]
+            ]
+            expected = np.mean([np.mean(own, axis=0) for own in known if own], axis=0)
+            np.testing.assert_allclose((effects[r, d], costs[r, d]), expected)
+    start = np.zeros((6, 1))
+    expected = effect_at(1.2)(np.hstack([start, effects]), np.hstack([start, costs]))
+    np.testing.assert_array_equal(curve_value(*(table[drawn] for table in tables), effect_at(1.2)), expected)
 
 
 POINT = DosePoint(0.1, 0.2, 1.5, "a")

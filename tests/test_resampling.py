@@ -125,8 +125,8 @@ def test_intervals_cover_the_true_mean_as_often_as_they_say(effects: str, n_grou
         values = CLUSTER_EFFECTS[effects](rng, n_groups)[groups] + 0.5 * rng.normal(size=len(groups))
         interval = bootstrap_mean_interval(values, groups=groups, resamples=399, seed=data_set)
         covered += interval.low <= 0 <= interval.high
-    # Ten draws of an exponential are too few for any of the known intervals; the docstring gives the figures.
-    lowest = 0.91 if (effects, n_groups) == ("skewed", 10) else 0.93
+    # Ten draws of an exponential are too few: 92.7 % here, 90.4 % with Student's t, 86.7 % with percentiles.
+    lowest = 0.92 if (effects, n_groups) == ("skewed", 10) else 0.93
     assert lowest <= covered / 1000 <= 0.97
 
 

@@ -11,14 +11,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 FRONTIER_STEPS = 50
 
-Slots: TypeAlias = tuple[np.ndarray, np.ndarray]
-"""Effects and log costs, [resample slot dose], NaN where a slot has no likelihood."""
-CurveStatistic: TypeAlias = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
-"""Mean effects and log costs [resample dose] -> value [resample], its derivatives by each [resample dose]."""
+CurveStatistic: TypeAlias = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Mean effects and log costs [resample dose] -> value [resample]."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,8 @@ class DoseCurve:
 
     def means(self) -> tuple[MeanDose, ...]:
         """The curve before anything is pooled: one entry a dose."""
-        effects, costs = (dose_means(values)[0] for values in slot_means(curve_table(self, *prompt_table([self]))))
+        prompts = list(dict.fromkeys(point.prompt for point in self.points))
+        effects, costs = (dose_means(values[None])[0] for values in prompt_means(self, prompts))
         rows = []
         for dose, effect, cost in zip(self.doses, effects.tolist(), costs.tolist(), strict=True):
             here = [point for point in self.points if point.dose == dose]
@@ -106,73 +105,33 @@ class DoseCurve:
         return "\n".join(lines)
 
 
-def prompt_table(
-    curves: Sequence[DoseCurve],
-) -> tuple[dict[tuple[str, int], tuple[int, int]], Bool[np.ndarray, "prompt seed"]]:
-    """Returns the place of each (prompt, seed) in a table, and which places are taken."""
-    seeds: dict[str, dict[int, int]] = {}
-    for curve in curves:
-        for point in curve.points:
-            own = seeds.setdefault(point.prompt, {})
-            own.setdefault(point.seed, len(own))
-    places = {(p, s): (row, column) for row, (p, own) in enumerate(seeds.items()) for s, column in own.items()}
-    present = np.zeros((len(seeds), max(len(own) for own in seeds.values())), dtype=bool)
-    for place in places.values():
-        present[place] = True
-    return places, present
-
-
-def curve_table(
-    curve: DoseCurve, places: dict[tuple[str, int], tuple[int, int]], present: Bool[np.ndarray, "prompt seed"]
-) -> Slots:
-    """Returns effects and log costs, [prompt seed dose], dose 0 first; NaN where there is no likelihood."""
-    doses = {dose: i for i, dose in enumerate(curve.doses)}
-    effects = np.full((*present.shape, len(doses)), np.nan)
-    costs = effects.copy()
+def prompt_means(curve: DoseCurve, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns effects and log costs, [prompt dose]: means over a prompt's seeds, NaN where none has a likelihood."""
+    row, column = ({name: i for i, name in enumerate(names)} for names in (prompts, curve.doses))
+    sums = np.zeros((3, len(row), len(column)))
     for point in curve.points:
         if point.perplexity_ratio is not None:
-            place = (*places[point.prompt, point.seed], doses[point.dose])
-            effects[place], costs[place] = point.effect, math.log(point.perplexity_ratio)
+            sums[:, row[point.prompt], column[point.dose]] += (point.effect, math.log(point.perplexity_ratio), 1.0)
+    effects, costs = (np.divide(s, sums[2], out=np.full(s.shape, np.nan), where=sums[2] > 0) for s in sums[:2])
     return effects, costs
 
 
-def slot_means(table: Slots, drawn: np.ndarray | None = None, picked: np.ndarray | None = None) -> Slots:
-    """Returns each slot's means over its seeds, [resample slot dose]: the prompts themselves where nothing is drawn."""
-    known = ~np.isnan(table[0])
-    if drawn is None or picked is None:
-        used, chosen = known[None], tuple(values[None] for values in table)
-    else:
-        place = drawn[:, :, None], picked
-        used = known[place] & (picked >= 0)[..., None]
-        chosen = tuple(values[place] for values in table)
-    count = used.sum(axis=2)
-    sums = (np.where(used, values, 0.0).sum(axis=2) for values in chosen)
-    effects, costs = (np.divide(s, count, out=np.full(s.shape, np.nan), where=count > 0) for s in sums)
-    return effects, costs
-
-
-def dose_means(slots: Float[np.ndarray, "resample slot dose"]) -> Float[np.ndarray, "resample dose"]:
-    """Returns the mean over the slots that are known, NaN where none is."""
-    known = ~np.isnan(slots)
+def dose_means(drawn: Float[np.ndarray, "resample prompt dose"]) -> Float[np.ndarray, "resample dose"]:
+    """Returns the mean over the prompts whose value is known, NaN where none is."""
+    known = ~np.isnan(drawn)
     count = known.sum(axis=1)
-    sums = np.where(known, slots, 0.0).sum(axis=1)
+    sums = np.where(known, drawn, 0.0).sum(axis=1)
     return np.divide(sums, count, out=np.full(sums.shape, np.nan), where=count > 0)
 
 
-def value_and_pulls(slots: Slots, statistic: CurveStatistic) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the statistic of each resample, and what each slot adds to it to first order, [resample slot].
-
-    The pulls' standard deviation over the root of their number is the statistic's standard error (delta method).
-    """
-    means = [dose_means(values) for values in slots]
-    start = np.zeros((len(means[0]), 1))
-    value, *slopes = statistic(*(np.hstack([start, mean]) for mean in means))
-    pulls = np.zeros(slots[0].shape[:2])
-    for values, mean, slope in zip(slots, means, slopes, strict=True):
-        known = ~np.isnan(values)
-        weight = known.shape[1] / np.maximum(known.sum(axis=1, keepdims=True), 1)
-        pulls += (np.where(known, values - mean[:, None], 0.0) * weight * slope[:, None, 1:]).sum(axis=2)
-    return value, pulls
+def curve_value(
+    effects: Float[np.ndarray, "resample prompt dose"],
+    costs: Float[np.ndarray, "resample prompt dose"],
+    statistic: CurveStatistic,
+) -> Float[np.ndarray, "resample"]:
+    """Returns the statistic of each resample's mean curve, which starts at dose 0: no effect, ratio 1."""
+    start = np.zeros((len(effects), 1))
+    return statistic(*(np.hstack([start, dose_means(values)]) for values in (effects, costs)))
 
 
 def monotone_costs(costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -189,20 +148,16 @@ def monotone_costs(costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return monotone, same / same.sum(axis=2, keepdims=True)
 
 
-def _interpolated(
-    target: float, effects: np.ndarray, costs: np.ndarray, pooling: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the effect at a log cost above 0 on pooled curves, NaN where it is not reached, and its derivatives."""
+def _interpolated(target: float, effects: np.ndarray, costs: np.ndarray) -> np.ndarray:
+    """Returns the effect at a log cost above 0 on pooled curves, NaN where it is not reached."""
     rows = np.arange(len(costs))
     reached = costs >= target - 1e-12
     after = np.maximum(reached.argmax(axis=1), 1)
     before = after - 1
     gap = costs[rows, after] - costs[rows, before]
     gap = np.where(reached.any(axis=1), gap, np.nan)
-    share = np.minimum((target - costs[rows, before]) / gap, 1.0)[:, None]
-    rise = effects[rows, after] - effects[rows, before]
-    by_effect = (1 - share) * pooling[rows, before] + share * pooling[rows, after]
-    return effects[rows, before] + share[:, 0] * rise, by_effect, -(rise / gap)[:, None] * by_effect
+    share = np.minimum((target - costs[rows, before]) / gap, 1.0)
+    return effects[rows, before] + share * (effects[rows, after] - effects[rows, before])
 
 
 def _log_range(ratio: float) -> float:
@@ -218,10 +173,9 @@ def effect_at(ratio: float) -> CurveStatistic:
     """
     target = _log_range(ratio)
 
-    def statistic(effects: np.ndarray, costs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def statistic(effects: np.ndarray, costs: np.ndarray) -> np.ndarray:
         monotone, pooling = monotone_costs(costs)
-        pooled = np.einsum("rij,rj->ri", pooling, effects)
-        return _interpolated(target, pooled, monotone, pooling)
+        return _interpolated(target, np.einsum("rij,rj->ri", pooling, effects), monotone)
 
     return statistic
 
@@ -233,22 +187,14 @@ def best_effect_up_to(ratio: float) -> CurveStatistic:
     """
     whole = _log_range(ratio)
 
-    def statistic(effects: np.ndarray, costs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def statistic(effects: np.ndarray, costs: np.ndarray) -> np.ndarray:
         monotone, pooling = monotone_costs(costs)
         pooled = np.einsum("rij,rj->ri", pooling, effects)
-        value, by_effect, by_cost = np.zeros(len(costs)), np.zeros_like(costs), np.zeros_like(costs)
-        rows = np.arange(len(costs))
+        value = np.zeros(len(costs))
         for target in (np.arange(FRONTIER_STEPS) + 0.5) / FRONTIER_STEPS * whole:
-            affordable = np.where(monotone <= target, pooled, -np.inf)
-            best = affordable.argmax(axis=1)
-            top = affordable[rows, best]
-            there, effect_slope, cost_slope = _interpolated(target, pooled, monotone, pooling)
-            between = np.nan_to_num(there, nan=-np.inf) > top
-            something = np.where(between, there, top) > 0
-            value += np.where(something, np.where(between, there, top), 0.0) / FRONTIER_STEPS
-            effect_slope = np.where(between[:, None], effect_slope, pooling[rows, best])
-            by_effect += np.where(something[:, None], effect_slope, 0.0) / FRONTIER_STEPS
-            by_cost += np.where((between & something)[:, None], cost_slope, 0.0) / FRONTIER_STEPS
-        return np.where(np.isnan(costs).any(axis=1), np.nan, value), by_effect, by_cost
+            affordable = np.where(monotone <= target, pooled, -np.inf).max(axis=1)
+            between = np.nan_to_num(_interpolated(target, pooled, monotone), nan=-np.inf)
+            value += np.maximum(np.maximum(affordable, between), 0.0) / FRONTIER_STEPS
+        return np.where(np.isnan(costs).any(axis=1), np.nan, value)
 
     return statistic
