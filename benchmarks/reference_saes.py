@@ -26,6 +26,8 @@ from sae_emotion_plugin.reference_margins import reference_margins
 from sae_emotion_plugin.reference_saes import encode_references, train_references
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "embedded-gemma.yaml"
+SHIPPED_TOKENS = 1_085_000
+"""Tokens of the recipe's texts, about, those held out included."""
 EMOTIONS = (
     "admiration", "amusement", "anger", "annoyance", "curiosity", "disgust", "fear", "gratitude", "joy", "love",
     "sadness", "surprise",
@@ -106,12 +108,11 @@ def main() -> None:
 
 
 def _shared(sources: tuple[TextSource, ...], tokens: int) -> tuple[TextSource, ...]:
-    """The sources with about `tokens` tokens in all, each with its share."""
-    whole = sum(source.tokens or 0 for source in sources)
-    return tuple(
-        replace(source, tokens=max(1, round(source.tokens * min(1, tokens / whole)))) if source.tokens else source
-        for source in sources
-    )
+    """The sources with about `tokens` tokens in all, each with its share; those that are read whole share the rest."""
+    limited = sum(source.tokens or 0 for source in sources)
+    rest = (SHIPPED_TOKENS - limited) / sum(source.tokens is None for source in sources)
+    share = min(1.0, tokens / SHIPPED_TOKENS)
+    return tuple(replace(source, tokens=max(1, round((source.tokens or rest) * share))) for source in sources)
 
 
 if __name__ == "__main__":

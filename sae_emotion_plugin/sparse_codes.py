@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from sae_emotion_plugin.activations import HookedModel, activation_batches, hook_capture, tokenize
 from sae_emotion_plugin.models import weights_identity
+from sae_emotion_plugin.topk_encoding import is_plain_topk, topk_codes
 
 if TYPE_CHECKING:
     import pandas
@@ -73,7 +74,7 @@ class SparseCodes:
         """
         if pooling not in get_args(Pooling):
             raise ValueError(f"unknown pooling {pooling!r} (valid: {', '.join(get_args(Pooling))})")
-        lengths = np.bincount(self.text_index, minlength=self.n_texts)
+        lengths = self.text_lengths
         if pooling == "last":
             ends = np.cumsum(lengths)
             rows = self.matrix()[ends[lengths > 0] - 1]
@@ -234,8 +235,16 @@ def encode_vectors(
     sae: Any, vectors: Float[Tensor, "token d_in"]
 ) -> tuple[Float[np.ndarray, " entry"], Int[np.ndarray, " entry"], Int[np.ndarray, " token"]]:
     """The non-zero codes of a batch of vectors: values, features, and how many each token has."""
-    rows = max(1, CHUNK_ENTRIES // sae.cfg.d_sae)
     values, features, counts = [], [], []
+    if is_plain_topk(sae) and len(vectors):
+        with torch.inference_mode(), flat_heads(sae):
+            for codes, chosen in topk_codes(sae, vectors):
+                active = codes > 0
+                values.append(codes[active].float().cpu().numpy())
+                features.append(chosen[active].to(torch.int32).cpu().numpy())
+                counts.append(active.sum(dim=-1).cpu().numpy())
+        return np.concatenate(values), np.concatenate(features), np.concatenate(counts)
+    rows = max(1, CHUNK_ENTRIES // sae.cfg.d_sae)
     with torch.inference_mode(), flat_heads(sae):
         for chunk in vectors.to(device=sae.device, dtype=sae.dtype).split(rows):
             codes = sae.encode(chunk)

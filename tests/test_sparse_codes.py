@@ -315,6 +315,7 @@ def test_never_more_than_a_chunk_is_dense(bridge: Any, monkeypatch: pytest.Monke
         return encode(vectors)
 
     monkeypatch.setattr(sae, "encode", spy)
+    monkeypatch.setattr(sparse_codes, "is_plain_topk", lambda sae: False)
     monkeypatch.setattr(sparse_codes, "CHUNK_ENTRIES", 3 * D_SAE)
     found = encode_texts(bridge, sae, TEXTS, progress=False)
     assert len(sizes) >= 6 and all(rows <= 3 and width == D_MODEL for rows, width in sizes)

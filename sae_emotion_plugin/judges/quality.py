@@ -78,7 +78,8 @@ class QualityTable:
                 f"{counts:>12}  {row['on']}"
             )
         lines += [f"{one.judge}: {one.note}" for one in self.judges if one.note]
-        lines.append(f"-: fewer than 10 on a side. Valence: positive against negative texts. {self.about_generations}")
+        lines.append("-: fewer than 10 on a side, or in fewer than 5 groups. Valence: positive against negative texts.")
+        lines.append(self.about_generations)
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
