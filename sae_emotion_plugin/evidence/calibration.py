@@ -91,7 +91,7 @@ class Calibration:
     def holds(self) -> bool:
         """Whether discoveries are as rare as promised, up to binomial error, and all tested groups' tails honest."""
         most = int(binom.ppf(0.975, self.permutations, self.level))
-        honest = self.fewest_honest is not None and self.fewest_honest <= self.fewest_firing
+        honest = self.n_tested > 0 and self.fewest_honest is not None and self.fewest_honest <= self.fewest_firing
         return self.runs_with_discovery <= most and honest and all(tail.honest for tail in self.by_label)
 
     def __repr__(self) -> str:
@@ -196,7 +196,7 @@ def calibrate(
         distance=float(np.abs(np.cumsum(shares) - np.arange(1, N_BINS + 1) / N_BINS).max()) if shares.any() else 0.0,
         by_firing=by_firing,
         by_label=by_label,
-        fewest_honest=_fewest_honest(by_firing),
+        fewest_honest=_fewest_honest(by_firing, fewest_firing),
     )
 
 
@@ -261,11 +261,12 @@ def _range_name(i: int) -> str:
     return f"{FIRING_BOUNDS[i]} to {FIRING_BOUNDS[i + 1] - 1}"
 
 
-def _fewest_honest(by_firing: Sequence[Tail]) -> int | None:
+def _fewest_honest(by_firing: Sequence[Tail], fewest_firing: int) -> int | None:
     fewest = None
     for i in range(len(FIRING_BOUNDS) - 1, -1, -1):
         tails = [tail for tail in by_firing if tail.group == _range_name(i)]
         if not all(tail.honest for tail in tails):
             break
-        fewest = FIRING_BOUNDS[i] if tails else fewest
+        # A group without features breaks no promise, but below the family's bound none is made.
+        fewest = FIRING_BOUNDS[i] if tails or FIRING_BOUNDS[i] >= fewest_firing else fewest
     return fewest

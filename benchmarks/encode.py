@@ -1,0 +1,93 @@
+"""Codes of a wide TopK SAE: block maxima against SAELens's `encode`, in tokens a second, and how exact.
+
+    python benchmarks/encode.py [--tokens 20000] [--rounds 5]
+
+A made-up SAE, 768 x 131,072 with k = 32, in float32. Near-ties are planted: a third of the features have a twin that
+is larger by 1e-2, 1e-4 or 1e-7. Both sides get the same batches; their rounds alternate. Exact means: where the
+float64 pre-activations at rank k differ by more than 1e-5 of their size, the set of features is SAELens's; values
+differ by at most 1e-5 of theirs. Peak memory is what encoding adds to the weights. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import resource
+import time
+from typing import Any
+
+import torch
+
+from sae_emotion_plugin.sparse_codes import encode_vectors
+
+D_IN, D_SAE, K = 768, 131_072, 32
+BATCH = 256
+GAPS = (1e-2, 1e-4, 1e-7)
+
+
+def main() -> None:
+    from sae_lens import TopKSAE, TopKSAEConfig
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokens", type=int, default=20_000, help="rows that are compared")
+    parser.add_argument("--rounds", type=int, default=5, help="timed batches of each side")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    sae = TopKSAE(TopKSAEConfig(d_in=D_IN, d_sae=D_SAE, k=K))
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.nn.functional.normalize(torch.randn(D_SAE, D_IN), dim=-1).T)
+        third = D_SAE // 3
+        for n, gap in enumerate(GAPS):
+            own = slice(n * third // 3, (n + 1) * third // 3)
+            sae.W_enc[:, 2 * third :][:, own] = sae.W_enc[:, own] * (1 + gap)
+    batches = torch.randn(options.rounds, BATCH, D_IN)
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    encode_vectors(sae, batches[0])
+    added = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    seconds = {"ours": 0.0, "saelens": 0.0}
+    with torch.inference_mode():
+        sae.encode(batches[0])
+        for batch in batches:
+            for name, encode in (("ours", lambda rows: encode_vectors(sae, rows)), ("saelens", sae.encode)):
+                started = time.perf_counter()
+                encode(batch)
+                seconds[name] += time.perf_counter() - started
+    rates = {name: options.rounds * BATCH / spent for name, spent in seconds.items()}
+    checked = compare(sae, options.tokens)
+    result = {
+        "ratio": round(rates["ours"] / rates["saelens"], 3),
+        "tokens_per_second": {name: round(rate, 1) for name, rate in rates.items()},
+        "added_mib": round(added),
+        **checked,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    print(json.dumps(result))
+
+
+def compare(sae: Any, tokens: int) -> dict[str, Any]:
+    """How many rows are clear at rank k, how many of those have another set than SAELens, and the largest difference."""
+    weights = sae.W_enc.detach()
+    clear = differing = rows = 0
+    largest = 0.0
+    generator = torch.Generator().manual_seed(1)
+    while rows < tokens:
+        batch = torch.randn(min(BATCH, tokens - rows), D_IN, generator=generator)
+        with torch.inference_mode():
+            dense = sae.encode(batch)
+            values, features, counts = (torch.from_numpy(part) for part in encode_vectors(sae, batch))
+            ours = torch.zeros_like(dense)
+            ours[torch.arange(len(batch)).repeat_interleave(counts), features.long()] = values
+            # In float64 only the features that can be at rank k: those that float32 puts near it.
+            near = (batch @ weights).topk(K + 32, dim=-1).indices
+            exact = (weights.T[near].double() @ batch.double()[..., None])[..., 0].sort(dim=-1, descending=True).values
+        clear_rows = (exact[:, K - 1] - exact[:, K]) > 1e-5 * exact[:, K - 1].abs()
+        differing += int((((ours > 0) != (dense > 0)).any(dim=-1) & clear_rows).sum())
+        same = (ours > 0) & (dense > 0)
+        largest = max(largest, float(((ours - dense).abs() / dense.clamp(min=1e-9))[same].max()))
+        clear += int(clear_rows.sum())
+        rows += len(batch)
+    return {"rows": rows, "clear_rows": clear, "clear_rows_that_differ": differing, "largest_difference": largest}
+
+
+if __name__ == "__main__":
+    main()
