@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def compare(sae: Any, tokens: int) -> dict[str, Any]:
-    """How many rows are clear at rank k, how many of those have another set than SAELens, and the largest difference."""
+    """How many rows are clear at rank k, how many of those differ from SAELens in their set, the largest difference."""
     weights = sae.W_enc.detach()
     clear = differing = rows = 0
     largest = 0.0
