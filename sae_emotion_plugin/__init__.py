@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sae_emotion_plugin.activations import mean_norm as mean_norm
-    from sae_emotion_plugin.discovery import FeatureScores as FeatureScores
     from sae_emotion_plugin.discovery import choose_pooling as choose_pooling
     from sae_emotion_plugin.discovery import score_features as score_features
     from sae_emotion_plugin.emotion_texts import LabelledTexts as LabelledTexts
     from sae_emotion_plugin.evaluation import evaluate as evaluate
+    from sae_emotion_plugin.feature_scores import FeatureScores as FeatureScores
     from sae_emotion_plugin.generation import generate as generate
     from sae_emotion_plugin.generations import Generations as Generations
     from sae_emotion_plugin.interventions import SteeringPlan as SteeringPlan
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sae_emotion_plugin.training import train as train
 
 _HOMES = {
-    "FeatureScores": "discovery",
+    "FeatureScores": "feature_scores",
     "Generations": "generations",
     "LabelledTexts": "emotion_texts",
     "SparseCodes": "sparse_codes",

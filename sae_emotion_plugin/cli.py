@@ -250,7 +250,7 @@ def steer(
     if emotion and scores is None:
         raise ValueError(f"--emotion {emotion} needs --scores FILE (written by discover or quickstart)")
     if scores is not None and emotion:
-        from sae_emotion_plugin.discovery import FeatureScores
+        from sae_emotion_plugin.feature_scores import FeatureScores
 
         best = FeatureScores.load(scores).top(emotion, features_used)
         amounts = {row.feature: amount / len(best) for row in best}

@@ -1,164 +1,35 @@
 """SparseCodes and labelled texts -> FeatureScores: which features tell an emotion from the rest."""
 
-import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int, Num
-from scipy.sparse import csr_matrix
+from scipy.sparse import csc_matrix, csr_matrix
 
 from sae_emotion_plugin.emotion_texts import LabelledTexts
-from sae_emotion_plugin.evidence.association import FEWEST_POSITIVES, common_enough, sparse_auroc
+from sae_emotion_plugin.evidence.association import (
+    FEWEST_POSITIVES,
+    benjamini_hochberg,
+    common_enough,
+    sparse_auroc,
+    sparse_average_precision,
+)
 from sae_emotion_plugin.evidence.calibration import Calibration, calibrate
+from sae_emotion_plugin.evidence.placements import auroc_above
 from sae_emotion_plugin.evidence.stratified import length_strata, stratified_mann_whitney
-from sae_emotion_plugin.files import write_whole
+from sae_emotion_plugin.evidence.thresholds import best_threshold, f1_at
+from sae_emotion_plugin.feature_scores import FeatureScore, FeatureScores
 from sae_emotion_plugin.sparse_codes import Pooling, SparseCodes
-from sae_emotion_plugin.tables import html_table, text_table
 from sae_emotion_plugin.text_splits import stratified_folds
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 logger = logging.getLogger(__name__)
 
 CANDIDATE_POOLINGS: tuple[Pooling, ...] = ("max", "mean", "last")
 FEWEST_PER_CLASS = 2
 FEATURES_PER_LOGIT_CHUNK = 64
-ROWS_SHOWN_PER_EMOTION = 3
-
-
-@dataclass(frozen=True)
-class FeatureScore:
-    """How well one feature tells the texts of one emotion from all others."""
-
-    emotion: str
-    feature: int
-    auroc: float
-    """On the training texts, which chose the feature: optimistic."""
-    held_out_auroc: float | None
-    """On texts that had no part in the choice; None when there were none."""
-    p: float
-    """Two-sided p on the training texts, of the Mann-Whitney test within strata of length; 1 for a feature too rare."""
-    q: float
-    """Benjamini-Hochberg over every tested (feature, emotion) pair."""
-    rate_in: float
-    """Share of the emotion's training texts in which the feature is active."""
-    rate_out: float
-    """Share of the other training texts in which the feature is active."""
-    promotes: tuple[str, ...] = ()
-    """Tokens whose logits the decoder direction raises most, strongest first."""
-    suppresses: tuple[str, ...] = ()
-    """Tokens whose logits the decoder direction lowers most, strongest first."""
-
-
-@dataclass(frozen=True, repr=False)
-class FeatureScores:
-    """The best features of each emotion, best first, and in `meta` how they were found."""
-
-    meta: dict[str, Any]
-    rows: tuple[FeatureScore, ...]
-
-    @property
-    def emotions(self) -> tuple[str, ...]:
-        """The emotions that have rows, in the order of the rows."""
-        return tuple(dict.fromkeys(row.emotion for row in self.rows))
-
-    def top(self, emotion: str, n: int = 10) -> tuple[FeatureScore, ...]:
-        """Returns the `n` best rows of `emotion` (fewer if fewer were kept), best training AUROC first."""
-        if emotion not in self.emotions:
-            raise ValueError(f"unknown emotion {emotion!r}; the scores have: {', '.join(self.emotions)}")
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
-        return tuple(row for row in self.rows if row.emotion == emotion)[:n]
-
-    def to_pandas(self) -> "pd.DataFrame":
-        """Returns one line per row, columns named as the fields of `FeatureScore`."""
-        import pandas as pd
-
-        names = [field.name for field in fields(FeatureScore)]
-        return pd.DataFrame([asdict(row) for row in self.rows], columns=names)
-
-    def _table(self) -> tuple[str, list[tuple[str, ...]]]:
-        """Returns a line on the whole, and the cells of the best rows of each emotion."""
-        shown = [row for emotion in self.emotions for row in self.top(emotion, ROWS_SHOWN_PER_EMOTION)]
-        summary = (
-            f"FeatureScores: {len(self.rows)} rows for {len(self.emotions)} emotions, {len(shown)} shown; "
-            f"hook {self.meta.get('hook_name')}, pooling {self.meta.get('pooling')}"
-        )
-        return summary, [_table_cells(row) for row in shown]
-
-    def __repr__(self) -> str:
-        summary, cells = self._table()
-        return f"{summary}\n{text_table(TABLE_HEAD, cells)}"
-
-    def _repr_html_(self) -> str:
-        summary, cells = self._table()
-        return html_table(summary, TABLE_HEAD, cells)
-
-    def save(self, path: str | Path) -> Path:
-        """Returns `path` after writing the scores there as JSON: `{"meta": {...}, "rows": [{...}, ...]}`.
-
-        The file appears whole or not at all. FileNotFoundError when its folder does not exist.
-        """
-        meta = json.dumps(self.meta, ensure_ascii=False, allow_nan=False, indent=1)
-        rows = (json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) for row in self.rows)
-        text = f'{{"meta": {meta},\n"rows": [\n' + ",\n".join(rows) + "\n]}\n"
-        return write_whole(path, text)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "FeatureScores":
-        """Returns the scores that `save` wrote; fields that this version does not know are left out.
-
-        FileNotFoundError for a missing file, ValueError for one that is not a scores file.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no scores file {path}")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
-        meta, rows = (content.get(key) if isinstance(content, dict) else None for key in ("meta", "rows"))
-        if not isinstance(meta, dict) or not isinstance(rows, list):
-            raise ValueError(f"{path} is not a scores file: it needs an object 'meta' and a list 'rows'")
-        return cls(meta, tuple(_row_from_json(row, f"{path}, row {i}") for i, row in enumerate(rows)))
-
-
-TABLE_HEAD = ("emotion", "feature", "AUROC", "held out", "q", "fires in", "fires out", "promotes")
-
-
-def _table_cells(row: FeatureScore) -> tuple[str, ...]:
-    held_out = "-" if row.held_out_auroc is None else f"{row.held_out_auroc:.3f}"
-    tokens = " ".join(repr(token) for token in row.promotes[:5])
-    rates = (f"{row.rate_in:.1%}", f"{row.rate_out:.1%}")
-    return (row.emotion, str(row.feature), f"{row.auroc:.3f}", held_out, f"{row.q:.2g}", *rates, tokens)
-
-
-def _row_from_json(row: object, where: str) -> FeatureScore:
-    names = [field.name for field in fields(FeatureScore)]
-    if not isinstance(row, dict) or not row.keys() >= set(names):
-        raise ValueError(f"{where}: must be an object with {', '.join(names)}, got {row!r:.200}")
-    read = {name: row[name] for name in names}
-    for name in ("promotes", "suppresses"):
-        if isinstance(read[name], list) and all(isinstance(token, str) for token in read[name]):
-            read[name] = tuple(read[name])
-    for name, value in read.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if name == "emotion":
-            good = isinstance(value, str)
-        elif name == "feature":
-            good = is_number and isinstance(value, int) and value >= 0
-        elif name in ("promotes", "suppresses"):
-            good = isinstance(value, tuple)
-        else:
-            good = (is_number and 0 <= value <= 1) or (name == "held_out_auroc" and value is None)
-        if not good:
-            raise ValueError(f"{where}: {name} is {value!r}")
-    return FeatureScore(**read)
 
 
 def score_features(
@@ -218,11 +89,20 @@ def score_features(
         raise ValueError("no feature is active in any training text")
     strata = length_strata(train_codes.text_lengths)
     tested = stratified_mann_whitney(pooled, labels, strata)
+    q_above = np.ones(tested.p.shape)
+    q_above[:, tested.tested] = benjamini_hochberg(auroc_above(pooled, labels).p[:, tested.tested])
     best = active[np.argsort(-found.auroc[:, active], axis=1, kind="stable")[:, :top]]
-    held_out_matrix = held_out_codes.pooled(pooling).tocsc()
+    train_matrix, held_out_matrix = pooled.tocsc(), held_out_codes.pooled(pooling).tocsc()
     rows, firsts = [], []
     for i, emotion in enumerate(chosen):
-        on_held_out = sparse_auroc(held_out_matrix[:, best[i]], held_out_labels[:, [i]])
+        ours, theirs = train_matrix[:, best[i]], held_out_matrix[:, best[i]]
+        positives, held_out_positives = labels[:, i], held_out_labels[:, i]
+        on_held_out = sparse_auroc(theirs, held_out_positives[:, None])
+        precisions, held_out_precisions = (
+            sparse_average_precision(matrix, wanted[:, None])[0]
+            for matrix, wanted in ((ours, positives), (theirs, held_out_positives))
+        )
+        means = [np.asarray(ours[side].mean(axis=0)).ravel() for side in (positives, ~positives)]
         firsts.append(on_held_out.auroc[0, 0])
         rows += [
             FeatureScore(
@@ -234,6 +114,12 @@ def score_features(
                 q=float(tested.q[i, feature]),
                 rate_in=float(found.rate_in[i, feature]),
                 rate_out=float(found.rate_out[i, feature]),
+                q_above=float(q_above[i, feature]),
+                average_precision=float(precisions[rank]),
+                held_out_average_precision=float(held_out_precisions[rank]),
+                mean_in=float(means[0][rank]),
+                mean_out=float(means[1][rank]),
+                **_threshold(ours[:, [rank]], positives, theirs[:, [rank]], held_out_positives),
             )
             for rank, feature in enumerate(best[i])
         ]
@@ -259,6 +145,20 @@ def score_features(
         "mean_best_held_out_auroc": float(np.mean(firsts)),
     }
     return FeatureScores(meta=meta, rows=tuple(rows))
+
+
+def _threshold(
+    train: csc_matrix,
+    positives: Bool[np.ndarray, "text"],
+    held_out: csc_matrix,
+    held_out_positives: Bool[np.ndarray, "held_out_text"],
+) -> dict[str, float | None]:
+    """The threshold of one feature that training texts choose, with its F1 on both parts."""
+    threshold, f1 = best_threshold(train.toarray()[:, 0], positives)
+    if threshold is None:
+        return {}
+    on_held_out = f1_at(held_out.toarray()[:, 0], held_out_positives, threshold)
+    return {"threshold": threshold, "f1": f1, "held_out_f1": on_held_out}
 
 
 def choose_pooling(

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sae_emotion_plugin.activations import HookedModel
-from sae_emotion_plugin.discovery import FeatureScores, choose_pooling, null_runs, score_features
+from sae_emotion_plugin.discovery import choose_pooling, null_runs, score_features
 from sae_emotion_plugin.emotion_texts import LabelledTexts, without_overlap
 from sae_emotion_plugin.evidence.calibration import Calibration
+from sae_emotion_plugin.feature_scores import FeatureScores
 from sae_emotion_plugin.feature_tokens import with_promoted_tokens
 from sae_emotion_plugin.models import model_identity
 from sae_emotion_plugin.sparse_codes import Pooling, SparseCodes, encode_texts

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sae_emotion_plugin.activations import HookedModel
-from sae_emotion_plugin.discovery import FeatureScore, FeatureScores, with_tokens
+from sae_emotion_plugin.discovery import with_tokens
+from sae_emotion_plugin.feature_scores import FeatureScore, FeatureScores
 from sae_emotion_plugin.models import decode_token, logit_lens
 from sae_emotion_plugin.sparse_codes import encode_texts
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sae_emotion_plugin.activations import mean_norm
-from sae_emotion_plugin.discovery import FeatureScores
 from sae_emotion_plugin.emotion_features import discover
 from sae_emotion_plugin.emotion_texts import LabelledTexts, openings
+from sae_emotion_plugin.feature_scores import FeatureScores
 from sae_emotion_plugin.generations import Generation, Generations
 from sae_emotion_plugin.models import EMBEDDED, load_model
 from sae_emotion_plugin.plugin import DEFAULT_DICTIONARY, load_dictionary

@@ -8,9 +8,10 @@ import numpy as np
 
 from sae_emotion_plugin import registry
 from sae_emotion_plugin.activations import HookedModel
-from sae_emotion_plugin.discovery import FeatureScores, null_runs
+from sae_emotion_plugin.discovery import null_runs
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.evaluation import DictionaryReport
+from sae_emotion_plugin.feature_scores import FeatureScores
 from sae_emotion_plugin.generations import Generations, summary
 from sae_emotion_plugin.models import decode_token
 from sae_emotion_plugin.report_content import (

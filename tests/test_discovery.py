@@ -7,17 +7,12 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from sae_emotion_plugin.discovery import (
-    FEATURES_PER_LOGIT_CHUNK,
-    FeatureScore,
-    FeatureScores,
-    choose_pooling,
-    score_features,
-    with_tokens,
-)
+from sae_emotion_plugin.discovery import FEATURES_PER_LOGIT_CHUNK, choose_pooling, score_features, with_tokens
 from sae_emotion_plugin.emotion_texts import LabelledTexts
-from sae_emotion_plugin.evidence.association import auroc, sparse_auroc
+from sae_emotion_plugin.evidence.association import auroc, benjamini_hochberg, sparse_auroc
+from sae_emotion_plugin.evidence.placements import auroc_above
 from sae_emotion_plugin.evidence.stratified import stratified_mann_whitney
+from sae_emotion_plugin.feature_scores import LATER_FIELDS, FeatureScore, FeatureScores
 from sae_emotion_plugin.sparse_codes import Pooling, SparseCodes
 
 D_SAE = 40
@@ -100,6 +95,18 @@ def test_discovery_ranks_the_planted_feature_first(
         assert first.rate_in > 0.85
 
 
+def plain_precision(values: np.ndarray, positives: np.ndarray) -> float:
+    """Precision at each positive's value, averaged: every text at or above it counts."""
+    at = [positives[values >= value].mean() for value in values[positives]]
+    return float(np.mean(at))
+
+
+def plain_f1(values: np.ndarray, positives: np.ndarray, threshold: float) -> float:
+    called = [value >= threshold for value in values.astype(np.float32).astype(float)]
+    right = sum(one and wanted for one, wanted in zip(called, positives, strict=True))
+    return 2 * right / (sum(called) + sum(positives))
+
+
 def test_rows_equal_a_plain_computation_on_dense_codes(train: tuple, held_out: tuple, scores: FeatureScores) -> None:
     def pooled_by_loop(codes: SparseCodes) -> np.ndarray:
         dense = np.zeros((codes.n_texts, D_SAE))
@@ -131,6 +138,20 @@ def test_rows_equal_a_plain_computation_on_dense_codes(train: tuple, held_out: t
             assert (row.rate_in, row.rate_out) == pytest.approx(((inside > 0).mean(), (outside > 0).mean()))
             assert row.p == pytest.approx(expected.p[i, row.feature])
             assert row.q == pytest.approx(expected.q[i, row.feature])
+            assert (row.mean_in, row.mean_out) == pytest.approx((inside.mean(), outside.mean()), rel=1e-5)
+            assert row.average_precision == pytest.approx(plain_precision(on_train[:, row.feature], labels[:, i]))
+            on_others = plain_precision(on_held_out[:, row.feature], held_out_labels[:, i])
+            assert row.held_out_average_precision == pytest.approx(on_others)
+            assert row.threshold is not None
+            assert row.f1 == pytest.approx(plain_f1(on_train[:, row.feature], labels[:, i], row.threshold))
+            on_others = plain_f1(on_held_out[:, row.feature], held_out_labels[:, i], row.threshold)
+            assert row.held_out_f1 == pytest.approx(on_others)
+    above = auroc_above(scipy.sparse.csr_matrix(on_train), labels).p
+    q_above = benjamini_hochberg(above[:, expected.tested])
+    of_feature = {feature: n for n, feature in enumerate(np.flatnonzero(expected.tested).tolist())}
+    for row in scores.rows:
+        wanted = q_above[emotions.index(row.emotion), of_feature[row.feature]] if row.feature in of_feature else 1.0
+        assert row.q_above == pytest.approx(wanted)
 
 
 def test_a_feature_that_follows_length_alone_is_no_emotion_feature() -> None:
@@ -181,7 +202,8 @@ def test_held_out_texts_change_neither_the_choice_nor_its_p_values(train: tuple,
     plain = score_features(*train, held_out=held_out)
     misled = score_features(*train, held_out=(codes, shuffled))
     for one, other in zip(plain.rows, misled.rows, strict=True):
-        assert dataclasses.replace(one, held_out_auroc=None) == dataclasses.replace(other, held_out_auroc=None)
+        unseen = {"held_out_auroc": None, "held_out_average_precision": None, "held_out_f1": None}
+        assert dataclasses.replace(one, **unseen) == dataclasses.replace(other, **unseen)
     assert misled.meta["mean_best_held_out_auroc"] < 0.7 < plain.meta["mean_best_held_out_auroc"]
 
 
@@ -399,7 +421,7 @@ def test_saved_scores_follow_the_contract_and_load_back_equal(scores: FeatureSco
     content = json.loads(path.read_text(encoding="utf-8"))
     assert list(content) == ["meta", "rows"]
     measures = ["auroc", "held_out_auroc", "p", "q", "rate_in", "rate_out"]
-    fields = ["emotion", "feature", *measures, "promotes", "suppresses"]
+    fields = ["emotion", "feature", *measures, "promotes", "suppresses", *LATER_FIELDS]
     assert all(list(each) == fields for each in content["rows"])
     assert content["rows"][-1]["promotes"] == list(tokens)
     assert FeatureScores.load(path) == FeatureScores(json.loads(json.dumps(scores.meta)), rows)
@@ -409,7 +431,18 @@ def test_saved_scores_follow_the_contract_and_load_back_equal(scores: FeatureSco
 def test_scores_of_a_later_version_with_more_fields_load(tmp_path: Path) -> None:
     path = FeatureScores({}, (row(),)).save(tmp_path / "scores.json")
     content = json.loads(path.read_text())
-    content["rows"][0]["average_precision"] = 0.5
+    content["rows"][0]["invented_later"] = 0.5
+    path.write_text(json.dumps(content))
+    assert FeatureScores.load(path).rows == (row(),)
+
+
+def test_scores_of_an_earlier_version_load_without_what_they_lack(tmp_path: Path) -> None:
+    full = row(q_above=0.2, average_precision=0.4, mean_in=2.5, mean_out=0.1, threshold=1.5, f1=0.5, held_out_f1=0.4)
+    path = FeatureScores({}, (full,)).save(tmp_path / "scores.json")
+    assert FeatureScores.load(path).rows == (full,)
+    content = json.loads(path.read_text())
+    for name in LATER_FIELDS:
+        del content["rows"][0][name]
     path.write_text(json.dumps(content))
     assert FeatureScores.load(path).rows == (row(),)
 

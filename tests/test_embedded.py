@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+from sae_emotion_plugin.feature_scores import LATER_FIELDS
 from sae_emotion_plugin.generations import Generation, Generations, summary
 
 pytestmark = pytest.mark.slow
 
 SCORE_FIELDS = {
     *("emotion", "feature", "auroc", "held_out_auroc", "p", "q", "rate_in", "rate_out"),
-    *("promotes", "suppresses"),
+    *("promotes", "suppresses", *LATER_FIELDS),
 }
 ROW_FIELDS = {
     *("prompt", "emotion", "features", "mode", "amount", "unit", "temperature", "seed", "part"),

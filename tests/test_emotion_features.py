@@ -10,9 +10,9 @@ from conftest import HOOK, JOY, VOCABULARY, make_sae
 
 from sae_emotion_plugin import emotion_features, sparse_codes
 from sae_emotion_plugin.activations import canonical_hook
-from sae_emotion_plugin.discovery import FeatureScores
 from sae_emotion_plugin.emotion_features import Discovery, discover
 from sae_emotion_plugin.emotion_texts import LabelledTexts
+from sae_emotion_plugin.feature_scores import FeatureScores
 from sae_emotion_plugin.sparse_codes import encode_texts
 
 EMOTIONS = {"joy": 7, "anger": 21, "sadness": 40}

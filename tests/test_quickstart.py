@@ -10,8 +10,8 @@ from conftest import HOOK
 
 from sae_emotion_plugin import emotion_features
 from sae_emotion_plugin import quickstart as module
-from sae_emotion_plugin.discovery import FeatureScores
 from sae_emotion_plugin.emotion_texts import LabelledTexts
+from sae_emotion_plugin.feature_scores import LATER_FIELDS, FeatureScores
 from sae_emotion_plugin.generations import Generations
 from sae_emotion_plugin.quickstart import QuickstartResult, quickstart
 
@@ -23,7 +23,7 @@ OPENINGS = {
     "sadness": ("sad w5",),
 }
 SCORE_FIELDS = ["emotion", "feature", "auroc", "held_out_auroc", "p", "q", "rate_in", "rate_out"]
-SCORE_FIELDS += ["promotes", "suppresses"]
+SCORE_FIELDS += ["promotes", "suppresses", *LATER_FIELDS]
 GENERATION_FIELDS = ["prompt", "emotion", "features", "mode", "amount", "unit", "temperature", "seed", "part"]
 GENERATION_FIELDS += ["baseline_text", "text", "baseline_valence", "valence", "baseline_nll", "nll"]
 GENERATION_FIELDS += ["degenerate", "baseline_degenerate"]

@@ -7,9 +7,9 @@ import pytest
 from conftest import HOOK, VOCABULARY
 
 from sae_emotion_plugin import registry
-from sae_emotion_plugin.discovery import FeatureScore, FeatureScores
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.evaluation import DictionaryReport
+from sae_emotion_plugin.feature_scores import FeatureScore, FeatureScores
 from sae_emotion_plugin.generations import Generation, Generations, Part
 from sae_emotion_plugin.registry import Provenance, RegistryEntry, SaeRecord
 from sae_emotion_plugin.report_content import Bounds, broken_bounds
