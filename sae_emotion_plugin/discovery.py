@@ -119,9 +119,12 @@ def score_features(
                 held_out_average_precision=float(held_out_precisions[rank]),
                 mean_in=float(means[0][rank]),
                 mean_out=float(means[1][rank]),
-                **_threshold(ours[:, [rank]], positives, theirs[:, [rank]], held_out_positives),
+                threshold=threshold,
+                f1=f1,
+                held_out_f1=None if threshold is None else f1_at(_dense(theirs, rank), held_out_positives, threshold),
             )
             for rank, feature in enumerate(best[i])
+            for threshold, f1 in [best_threshold(_dense(ours, rank), positives)]
         ]
     shared_texts = len(set(train_texts.texts) & set(held_out_texts.texts))
     if shared_texts:
@@ -145,20 +148,6 @@ def score_features(
         "mean_best_held_out_auroc": float(np.mean(firsts)),
     }
     return FeatureScores(meta=meta, rows=tuple(rows))
-
-
-def _threshold(
-    train: csc_matrix,
-    positives: Bool[np.ndarray, "text"],
-    held_out: csc_matrix,
-    held_out_positives: Bool[np.ndarray, "held_out_text"],
-) -> dict[str, float | None]:
-    """The threshold of one feature that training texts choose, with its F1 on both parts."""
-    threshold, f1 = best_threshold(train.toarray()[:, 0], positives)
-    if threshold is None:
-        return {}
-    on_held_out = f1_at(held_out.toarray()[:, 0], held_out_positives, threshold)
-    return {"threshold": threshold, "f1": f1, "held_out_f1": on_held_out}
 
 
 def choose_pooling(
@@ -251,6 +240,10 @@ def with_tokens(
                 "suppresses": tuple(decode_token(token) for token in _largest(-row, top)),
             }
     return replace(scores, rows=tuple(replace(row, **tokens[row.feature]) for row in scores.rows))
+
+
+def _dense(matrix: csc_matrix, column: int) -> Num[np.ndarray, "text"]:
+    return matrix[:, [column]].toarray()[:, 0]
 
 
 def _largest(values: Num[np.ndarray, "value"], n: int) -> list[int]:

@@ -146,7 +146,7 @@ def _row_from_json(row: object, where: str) -> FeatureScore:
     needed = [name for name in names if name not in LATER_FIELDS]
     if not isinstance(row, dict) or not row.keys() >= set(needed):
         raise ValueError(f"{where}: must be an object with {', '.join(needed)}, got {row!r:.200}")
-    read = {name: row.get(name) for name in names}
+    read: dict[str, Any] = {name: row.get(name) for name in names}
     for name in ("promotes", "suppresses"):
         if isinstance(read[name], list) and all(isinstance(token, str) for token in read[name]):
             read[name] = tuple(read[name])

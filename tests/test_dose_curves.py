@@ -130,7 +130,8 @@ def test_the_mean_curve_of_drawn_prompts_equals_a_plain_loop() -> None:
             np.testing.assert_allclose((effects[r, d], costs[r, d]), expected)
     start = np.zeros((6, 1))
     expected = effect_at(1.2)(np.hstack([start, effects]), np.hstack([start, costs]))
-    np.testing.assert_array_equal(curve_value(*(table[drawn] for table in tables), effect_at(1.2)), expected)
+    found = curve_value(tables[0][drawn], tables[1][drawn], effect_at(1.2))
+    np.testing.assert_array_equal(found, expected)
 
 
 POINT = DosePoint(0.1, 0.2, 1.5, "a")
