@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Never ask a model hub from a test, and keep thread pools at the size of the machine.
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Two processes, whatever the machine: each may hold the embedded model. A file stays in one, for what its tests share.
+WORKERS := -n 2 --dist loadfile
 
 .PHONY: quickstart test check fast format bench readme clean
 .DEFAULT_GOAL := check
@@ -23,10 +25,10 @@ quickstart: $(VENV)/.demo
 	$(BIN)/sae-emotion quickstart
 
 test: $(VENV)/.test
-	$(TEST_ENV) $(BIN)/python -m pytest -q
+	$(TEST_ENV) $(BIN)/python -m pytest -q $(WORKERS)
 
 fast: $(VENV)/.test
-	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(TEST_ENV) $(BIN)/python -m pytest -q $(WORKERS) -m "not slow and not gpu"
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -140,10 +140,10 @@ def absorption(
     rows = []
     for emotion, feature in features.items():
         scores = _scores_of(dense_scores, emotion, len(texts), "held-out")
-        positive = np.array([emotion in labels for labels in texts.emotions])
+        positive = texts.label_matrix([emotion])[:, 0]
         threshold = sure_threshold(
             _scores_of(train_scores, emotion, len(train), "training"),
-            np.array([emotion in labels for labels in train.emotions]),
+            train.label_matrix([emotion])[:, 0],
             precision,
         )
         silent = pooled[:, [feature]].toarray()[:, 0] <= 0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from sae_emotion_plugin.cli_options import dictionary_option, json_option, model_option
+from sae_emotion_plugin.files import check_folder
 
 if TYPE_CHECKING:
     from sae_emotion_plugin.emotion_texts import LabelledTexts
@@ -134,7 +135,7 @@ def discover(
         raise ValueError("--scores-only writes no page: give it without --report and --margins")
     page = report or out.with_name("report.html")
     for path in (out, page):
-        _check_folder(path)
+        check_folder(path)
     if out.suffix not in (".json", ".parquet"):
         raise ValueError(f"cannot write {out}: its name must end in .json or .parquet")
     texts, others = _texts(train, held_out, text_column, label_column, single_label)
@@ -220,7 +221,7 @@ def layers(
     """Where in the model is the emotion? A linear probe at every layer, and the best feature where there is an SAE."""
     page = report or out.with_name("report.html")
     for path in (out, page):
-        _check_folder(path)
+        check_folder(path)
     texts, others = _texts(train, held_out, text_column, label_column, single_label)
 
     from sae_emotion_plugin.activations import hook_layer
@@ -258,7 +259,7 @@ def layers(
 def lens(prompt: str, model: str, top: int, report: Path | None, as_json: bool) -> None:
     """What the model would say behind each layer of PROMPT, read by its own head (logit lens)."""
     if report:
-        _check_folder(report)
+        check_folder(report)
 
     from sae_emotion_plugin.models import load_model
     from sae_emotion_plugin.text_lens import logit_lens
@@ -297,7 +298,7 @@ def roles(
     if not features and scores is None:
         raise ValueError("give --feature N (repeatable) or --scores FILE (written by discover or quickstart)")
     if out:
-        _check_folder(out)
+        check_folder(out)
 
     from sae_emotion_plugin.feature_scores import FeatureScores
 
@@ -320,11 +321,6 @@ def roles(
     if out:
         click.echo(f"written to {made.save(out)}", err=True)
     click.echo(json.dumps(made.to_dict(), ensure_ascii=False) if as_json else repr(made))
-
-
-def _check_folder(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
 
 
 def _texts(

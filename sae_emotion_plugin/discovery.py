@@ -73,13 +73,13 @@ def score_features(
         if ours != theirs:
             raise ValueError(f"the training codes are of {ours}, the held-out codes of {theirs}")
     chosen = _checked_emotions(emotions, texts)
-    labels = _labels_of(train_texts, chosen)
+    labels = train_texts.label_matrix(chosen)
     if labels.all():
         raise ValueError(f"all {len(labels)} training texts are of a single class: {', '.join(chosen)}")
     common = common_enough(labels, chosen, fewest=fewest_positives, skip_rare=skip_rare)
     skipped = [emotion for i, emotion in enumerate(chosen) if i not in common]
     chosen, labels = tuple(chosen[i] for i in common), labels[:, common]
-    held_out_labels = _labels_of(held_out_texts, chosen)
+    held_out_labels = held_out_texts.label_matrix(chosen)
     _check_enough(held_out_labels, chosen, "held-out")
 
     pooled = train_codes.pooled(pooling)
@@ -166,7 +166,7 @@ def choose_pooling(
     """
     _check_pair(codes, texts, "texts")
     chosen = _checked_emotions(emotions, texts)
-    labels = _labels_of(texts, chosen)
+    labels = texts.label_matrix(chosen)
     parts = stratified_folds(texts.label_matrix(), texts.duplicate_groups, folds, seed)
     pooled: dict[Pooling, csr_matrix] = {pooling: codes.pooled(pooling) for pooling in CANDIDATE_POOLINGS}
     found: dict[Pooling, list[float]] = {pooling: [] for pooling in CANDIDATE_POOLINGS}
@@ -203,7 +203,7 @@ def null_runs(
     chosen = _checked_emotions(emotions, texts)
     return calibrate(
         codes.pooled(pooling),
-        _labels_of(texts, chosen),
+        texts.label_matrix(chosen),
         length_strata(codes.text_lengths),
         label_names=chosen,
         permutations=permutations,
@@ -272,11 +272,6 @@ def _checked_emotions(emotions: Sequence[str] | None, texts: LabelledTexts) -> t
     if not emotions:
         raise ValueError(f"no emotion was asked for; the texts have: {', '.join(valid)}")
     return tuple(dict.fromkeys(emotions))
-
-
-def _labels_of(texts: LabelledTexts, emotions: Sequence[str]) -> Bool[np.ndarray, "text emotion"]:
-    rows = [[emotion in labels for emotion in emotions] for labels in texts.emotions]
-    return np.array(rows, dtype=bool).reshape(len(texts), len(emotions))
 
 
 def _enough(labels: Bool[np.ndarray, "text emotion"]) -> Bool[np.ndarray, "emotion"]:

@@ -15,22 +15,14 @@ from sae_emotion_plugin.discovery_charts import RocCurve, auroc_domain, differen
 from sae_emotion_plugin.evidence.calibration import TAIL_THRESHOLDS, Calibration, Tail
 from sae_emotion_plugin.feature_scores import FeatureScores
 from sae_emotion_plugin.files import write_whole
+from sae_emotion_plugin.layer_scan import LayerScan
+from sae_emotion_plugin.method_comparison import MethodScore, MethodTable
 from sae_emotion_plugin.reference_margins import MEAN, ReferenceMargins
-from sae_emotion_plugin.report import (
-    _amount,
-    _data,
-    _duration,
-    _label,
-    _listed,
-    _plain,
-    _probability,
-    _reading,
-    _shown,
-    marked_token,
-    printable,
-)
+from sae_emotion_plugin.report import amount, listed, page_data, page_template, printable
 from sae_emotion_plugin.report_content import HighlightedText, ReportContent, ScoreDistribution
-from sae_emotion_plugin.report_views import highlight_groups, hues, silent_share
+from sae_emotion_plugin.report_views import highlight_groups, hues
+from sae_emotion_plugin.specificity import Specificity
+from sae_emotion_plugin.text_lens import LogitLens
 
 LATENT = "latent"
 RIVALS = ("difference-of-means", "dense-probe")
@@ -67,18 +59,14 @@ class DiscoveryContent:
     meta: Mapping[str, Any] = field(default_factory=dict)
     """How the run was made, for the foot of the page."""
     scores: FeatureScores | None = None
-    methods: Any = None
-    """A `MethodTable`."""
+    methods: MethodTable | None = None
     rocs: Sequence[RocCurve] | None = None
     """Held-out curves of each emotion's best feature (method `latent`) and of some baselines."""
-    specificity: Any = None
-    """A `Specificity`."""
+    specificity: Specificity | None = None
     activations: Sequence[ScoreDistribution] | None = None
     examples: Sequence[HighlightedText] | None = None
-    layers: Any = None
-    """A `LayerScan`."""
-    lens: Any = None
-    """A `LogitLens`."""
+    layers: LayerScan | None = None
+    lens: LogitLens | None = None
     calibration: Calibration | None = None
     margins: ReferenceMargins | None = None
     links: Mapping[int, str] = field(default_factory=dict)
@@ -104,7 +92,7 @@ def render(content: DiscoveryContent) -> str:
     order = emotions_of(content)
     page = _template().render(
         content=content,
-        css=Markup(_data("report.css") + "\n" + _data("discovery.css")),
+        css=Markup(page_data("report.css") + "\n" + page_data("discovery.css")),
         hue=hues(order).get,
         headline=headline(content),
         facts=facts(content),
@@ -143,7 +131,9 @@ def method_name(method: str) -> str:
     return f"probe on {size} latents" if kind == "latents" and size else METHOD_NAMES.get(method, method)
 
 
-def difference_between(methods: Any, first: str, second: str, emotion: str = MEAN) -> tuple[Any, Any, Any] | None:
+def difference_between(
+    methods: MethodTable, first: str, second: str, emotion: str = MEAN
+) -> tuple[float, float, float] | None:
     """By how much `first` is above `second`, and the ends of the interval; None where the two were not compared."""
     for row in methods.differences:
         if row.emotion == emotion and (row.first, row.second) == (first, second):
@@ -176,10 +166,10 @@ def headline(content: DiscoveryContent) -> str:
         f"[{number(own.low)},\u00a0{number(own.high)}], the mean of {n} {'emotion' if n == 1 else 'emotions'}"
     )
     clauses = [_against(methods, rival, aurocs.get(rival)) for rival in RIVALS]
-    return f"{opening}. It {_listed(clauses)}."
+    return f"{opening}. It {listed(clauses)}."
 
 
-def _against(methods: Any, rival: str, score: Any) -> str:
+def _against(methods: MethodTable, rival: str, score: MethodScore | None) -> str:
     found = difference_between(methods, LATENT, rival)
     name = ("the " if rival == "dense-probe" else "") + method_name(rival)
     if found is None:
@@ -226,7 +216,7 @@ def facts(content: DiscoveryContent) -> list[Fact]:
     return found
 
 
-def _method_facts(methods: Any) -> list[Fact]:
+def _method_facts(methods: MethodTable) -> list[Fact]:
     found = []
     for row in methods.differences:
         if row.emotion != MEAN or not row.first.startswith(LATENT):
@@ -237,14 +227,14 @@ def _method_facts(methods: Any) -> list[Fact]:
         names = f"{method_name(row.first)} against {method_name(row.second)}"
         text = (
             f"{names[0].upper()}{names[1:]}: {_signed(row.difference, row.low, row.high)}; "
-            f"not worse by more than {_amount(row.margin)}: {'shown' if row.not_worse else 'NOT shown'}"
+            f"not worse by more than {amount(row.margin)}: {'shown' if row.not_worse else 'NOT shown'}"
             f"{'; by emotion: ' + counts if verdicts else ''}."
         )
         found.append(Fact(text, row.not_worse))
     return found
 
 
-def _layer_sentence(layers: Any) -> str:
+def _layer_sentence(layers: LayerScan) -> str:
     rows = [row for row in layers.rows if row.emotion == MEAN] or layers.rows
     best = max(rows, key=lambda row: finite(row.probe) or 0.0, default=None)
     if best is None:
@@ -263,7 +253,7 @@ def _link(links: Mapping[int, str], feature: int | None) -> str | None:
     return target if target.startswith(("https://", "http://")) else None
 
 
-def _method_view(methods: Any) -> dict[str, Any] | None:
+def _method_view(methods: MethodTable | None) -> dict[str, Any] | None:
     """Methods of the mean from best to worst, the axes of their charts, and the table of emotions by methods."""
     if not methods:
         return None
@@ -311,7 +301,7 @@ def _roc_groups(rocs: Sequence[RocCurve], order: Sequence[str]) -> list[dict[str
     return groups
 
 
-def _heat_rows(specificity: Any) -> list[tuple[Any, list[dict[str, Any]]]]:
+def _heat_rows(specificity: Specificity | None) -> list[tuple[Any, list[dict[str, Any]]]]:
     """Each row of the matrix with its cells: value, colour and its strength, and whether it is own or the rival."""
     if not specificity:
         return []
@@ -344,7 +334,7 @@ def _tail_tables(calibration: Calibration | None) -> list[tuple[str, list[tuple[
     return tables
 
 
-def _layer_stacks(layers: Any, order: Sequence[str]) -> list[dict[str, Any]]:
+def _layer_stacks(layers: LayerScan | None, order: Sequence[str]) -> list[dict[str, Any]]:
     """One stack of charts for the mean and each emotion; all share their axes, so that emotions compare."""
     if not layers or not layers.rows:
         return []
@@ -361,25 +351,11 @@ def _layer_stacks(layers: Any, order: Sequence[str]) -> list[dict[str, Any]]:
 
 @functools.cache
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(autoescape=True, finalize=_shown, undefined=jinja2.StrictUndefined)
-    environment.trim_blocks = environment.lstrip_blocks = True
-    environment.globals |= {
-        "amount": _amount,
-        "charts": charts,
-        "dash": charts.DASH,
-        "draw": discovery_charts,
-        "duration": _duration,
-        "label": _label,
-        "mean": MEAN,
-        "method_name": method_name,
-        "number": number,
-        "plain": _plain,
-        "probability": _probability,
-        "reading": _reading,
-        "share": share,
-        "silent_share": silent_share,
-        "thresholds": TAIL_THRESHOLDS,
-        "token": marked_token,
-        "verdict": verdict,
-    }
-    return environment.from_string(_data("discovery.html"))
+    return page_template(
+        "discovery.html",
+        draw=discovery_charts,
+        mean=MEAN,
+        method_name=method_name,
+        thresholds=TAIL_THRESHOLDS,
+        verdict=verdict,
+    )

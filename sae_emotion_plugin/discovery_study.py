@@ -153,7 +153,7 @@ def study(
                 seed=seed,
             ),
         )
-    labels = np.array([[emotion in own for emotion in chosen] for own in found.held_out.emotions])
+    labels = found.held_out.label_matrix(chosen)
     links = {row.feature: feature_url(sae, row.feature) for row in scores.rows}
     content = DiscoveryContent(
         title=title,
@@ -196,8 +196,7 @@ def _compared(
         seed=seed,
         progress=progress,
     )
-    labels = np.array([[emotion in own for emotion in emotions] for own in found.train.emotions])
-    inputs = ProbeInputs(labels=labels, pooled={}, dense=dense, texts=found.train.texts)
+    inputs = ProbeInputs(labels=found.train.label_matrix(emotions), pooled={}, dense=dense, texts=found.train.texts)
     inside = cross_fitted_scores(
         DENSE, methods.of(DENSE).choice, inputs, np.asarray(found.train.duplicate_groups), seed=seed
     )

@@ -4,7 +4,7 @@ import gzip
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -198,12 +198,12 @@ class LabelledTexts:
         """The group number of each text; near-duplicates share one (`text_splits.near_duplicate_groups`)."""
         return near_duplicate_groups(self.texts)
 
-    def label_matrix(self) -> Bool[np.ndarray, "text label"]:
-        """True where a text has a label; columns in the order of `labels`."""
-        column = {label: number for number, label in enumerate(self.labels)}
+    def label_matrix(self, labels: Iterable[str] | None = None) -> Bool[np.ndarray, "text label"]:
+        """True where a text has a label; columns in the order of `labels`, by default our own."""
+        column = {label: number for number, label in enumerate(self.labels if labels is None else labels)}
         matrix = np.zeros((len(self), len(column)), dtype=bool)
-        for row, labels in enumerate(self.emotions):
-            matrix[row, [column[label] for label in labels]] = True
+        for row, own in enumerate(self.emotions):
+            matrix[row, [column[label] for label in own if label in column]] = True
         return matrix
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "LabelledTexts":

@@ -7,6 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def check_folder(path: str | Path) -> Path:
+    """The path; FileNotFoundError when the folder that it would be written to does not exist."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    return path
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary name in the folder of `path`: what is written there takes the place of `path` when all went well.
@@ -14,9 +22,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Raises:
         FileNotFoundError: the folder does not exist.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    path = check_folder(path)
     # Without the suffix: who lists the folder by suffix must not meet half a file.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -292,9 +292,7 @@ def _labels(
         raise ValueError(f"unknown emotions: {', '.join(unknown)}; the texts have: {', '.join(texts.labels)}")
     if not wanted:
         raise ValueError(f"no emotion to scan for; the texts have: {', '.join(texts.labels) or 'none'}")
-    ours, theirs = (
-        np.array([[emotion in own for emotion in wanted] for own in part.emotions]) for part in (texts, held_out)
-    )
+    ours, theirs = texts.label_matrix(wanted), held_out.label_matrix(wanted)
     kept = common_enough(ours, wanted, skip_rare=skip_rare)
     chosen, ours, theirs = tuple(wanted[place] for place in kept), ours[:, kept], theirs[:, kept]
     for side, part, matrix in (("training", texts, ours), ("held-out", held_out, theirs)):

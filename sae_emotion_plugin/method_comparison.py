@@ -212,7 +212,7 @@ def compare_methods(
         raise ValueError(f"margin must be 0 or more, got {margin}")
     _check_sides(codes, dense, texts, held_out_codes, held_out_dense, held_out)
     chosen = _known(texts.labels if emotions is None else emotions, texts.labels, "emotions")
-    labels, held_out_labels = _labels_of(texts, chosen), _labels_of(held_out, chosen)
+    labels, held_out_labels = texts.label_matrix(chosen), held_out.label_matrix(chosen)
     for side in (labels, held_out_labels):
         common_enough(side, chosen)
     member = np.asarray(held_out.duplicate_groups) if groups is None else group_numbers(groups, len(groups))
@@ -361,10 +361,6 @@ def _known(asked: Sequence[str], valid: Sequence[str], what: str) -> tuple[str, 
     if unknown or not asked:
         raise ValueError(f"unknown {what}: {', '.join(unknown) or 'none given'} (valid: {', '.join(valid)})")
     return tuple(dict.fromkeys(asked))
-
-
-def _labels_of(texts: LabelledTexts, emotions: Sequence[str]) -> Bool[np.ndarray, "text emotion"]:
-    return np.array([[emotion in own for emotion in emotions] for own in texts.emotions], dtype=bool)
 
 
 def _check_sides(

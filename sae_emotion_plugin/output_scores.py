@@ -249,7 +249,8 @@ def steering_order(
     """
     emotions = list(dict.fromkeys(row.emotion for row in candidates))
     if len(emotions) != 1 or emotions[0] not in EMOTION_WORDS:
-        raise ValueError(f"no causal score for {', '.join(emotions)} (valid: one of {', '.join(EMOTION_WORDS)})")
+        valid = f"one of {', '.join(EMOTION_WORDS)}; rank any other by AUROC, `--rank auroc`"
+        raise ValueError(f"no causal score for {', '.join(emotions)} (valid: {valid})")
     words = {emotions[0]: EMOTION_WORDS[emotions[0]].split()}
     found = output_scores(
         *(model, sae, [row.feature for row in candidates]),

@@ -154,7 +154,7 @@ def reference_margins(
         )
         chosen, best[name] = scores.emotions, [row.feature for row in scores.rows]
         values[name] = held_out_codes[name].pooled(pooling).tocsc()[:, best[name]].toarray()
-    labels = np.array([[emotion in own for emotion in chosen] for own in held_out.emotions], dtype=bool)
+    labels = held_out.label_matrix(chosen)
     _check_groups(labels, member, chosen)
     rows = []
     for name in names[1:]:

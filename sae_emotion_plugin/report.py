@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Sequence
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -90,13 +91,12 @@ def write_report(folder: Path, content: ReportContent) -> Path:
 
 def render(content: ReportContent) -> str:
     """The page as HTML; the same content always gives the same text."""
-    css, script = (_data(name) for name in ("report.css", "report.js"))
+    css, script = (page_data(name) for name in ("report.css", "report.js"))
     order = emotion_order(content)
     groups = feature_groups(content, order)
     metrics = content.dictionary
     page = _template().render(
         content=content,
-        dash=DASH,
         css=Markup(css),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -122,29 +122,33 @@ def render(content: ReportContent) -> str:
 
 @functools.cache
 def _template() -> jinja2.Template:
+    return page_template("report.html", broken_bounds=broken_bounds, language=language, prose=_prose)
+
+
+def page_template(name: str, **functions: Any) -> jinja2.Template:
+    """The template `data/name` with everything escaped, and with our formats of values beside `functions`."""
     environment = jinja2.Environment(autoescape=True, finalize=_shown, undefined=jinja2.StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
-    environment.globals |= {
-        "amount": _amount,
-        "broken_bounds": broken_bounds,
+    environment.globals |= functions | {
+        "amount": amount,
         "charts": charts,
+        "dash": DASH,
         "duration": _duration,
         "label": _label,
-        "language": language,
         "number": number,
         "plain": _plain,
         "probability": _probability,
-        "prose": _prose,
         "reading": _reading,
         "share": share,
         "silent_share": silent_share,
         "token": marked_token,
         "valence_class": _valence_class,
     }
-    return environment.from_string(_data("report.html"))
+    return environment.from_string(page_data(name))
 
 
-def _data(name: str) -> str:
+def page_data(name: str) -> str:
+    """The text of a file in `data/`."""
     return (importlib.resources.files("sae_emotion_plugin") / "data" / name).read_text(encoding="utf-8").strip()
 
 
@@ -164,9 +168,9 @@ def headline(content: ReportContent) -> str:
         f"{number(f.effect, 2, True)} [{number(f.low, 2, True)}, {number(f.high, 2, True)}] for {name(f)}" for f in good
     ]
     if not good:
-        return f"Steering towards {_listed(bad)} did not keep the bounds."
-    sentence = f"Steering moved mean valence by {_listed(effects)}, at a cost within the bounds"
-    return sentence + (f"; {_listed(bad)} did not keep the bounds." if bad else ".")
+        return f"Steering towards {listed(bad)} did not keep the bounds."
+    sentence = f"Steering moved mean valence by {listed(effects)}, at a cost within the bounds"
+    return sentence + (f"; {listed(bad)} did not keep the bounds." if bad else ".")
 
 
 def marked_token(token: str) -> Markup:
@@ -206,7 +210,8 @@ def _prose(text: str) -> Markup:
     return Markup(' <span class="ws">↵</span> ').join(text.split("\n"))
 
 
-def _amount(value: object) -> str:
+def amount(value: object) -> str:
+    """A number to four significant digits, a dash for what is none."""
     real = finite(value)
     return DASH if real is None else f"{real:.4g}".replace("-", charts.MINUS)
 
@@ -226,8 +231,8 @@ def _plain(value: object) -> object:
     if isinstance(value, Real):
         real = finite(value)
         if real is not None and real == round(real):
-            return number(real, 0) if abs(real) >= 10_000 else _amount(real)
-        return number(value) if real is None or abs(real) >= 1 else _amount(real)
+            return number(real, 0) if abs(real) >= 10_000 else amount(real)
+        return number(value) if real is None or abs(real) >= 1 else amount(real)
     return ", ".join(str(_plain(item)) for item in value) if isinstance(value, list | tuple) else value
 
 
@@ -253,5 +258,6 @@ def _label(key: str) -> str:
     return META_LABELS.get(key, key.replace("_", " ").capitalize())
 
 
-def _listed(items: Sequence[str]) -> str:
+def listed(items: Sequence[str]) -> str:
+    """The items as words: `a, b and c`."""
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]

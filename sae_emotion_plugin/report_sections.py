@@ -49,7 +49,7 @@ def score_distributions(scores: FeatureScores, codes: SparseCodes, texts: Labell
     for emotion in scores.emotions:
         feature = scores.top(emotion, 1)[0].feature
         values = pooled[:, feature].toarray()[:, 0]
-        inside = np.array([emotion in labels for labels in texts.emotions])
+        inside = texts.label_matrix([emotion])[:, 0]
         found.append(ScoreDistribution(emotion, feature, values[inside].tolist(), values[~inside].tolist()))
     return found
 

@@ -158,7 +158,7 @@ def specificity(
     check_resampling(level, resamples)
     chosen, pooling = _checked(codes, texts, features, keywords, pooling)
     member = np.asarray(texts.duplicate_groups) if groups is None else group_numbers(groups, len(texts))
-    all_labels = np.array([[emotion in own for emotion in chosen] for own in texts.emotions], dtype=bool)
+    all_labels = texts.label_matrix(chosen)
     kept = [i for i, positive in enumerate(all_labels.T) if _enough(positive, np.ones(len(texts), dtype=bool), member)]
     emotions = [list(chosen)[i] for i in kept]
     if len(emotions) < 2:

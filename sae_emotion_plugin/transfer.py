@@ -135,7 +135,7 @@ def transfer(
     wanted = _checked(scores, codes_b, texts_b, names)
     found_pooling: Pooling = pooling or scores.meta.get("pooling") or "max"
     renamed = merged_labels(texts_b, wanted)
-    labels = np.array([[emotion in own for emotion in wanted] for own in renamed.emotions], dtype=bool)
+    labels = renamed.label_matrix(wanted)
     member = np.asarray(texts_b.duplicate_groups) if groups is None else group_numbers(groups, len(texts_b))
     scoring = stratified_held_out(labels, member, 0.5, seed)
     usable = [

@@ -4,7 +4,7 @@ import math
 import random
 import re
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,91 +28,12 @@ from sae_emotion_plugin.discovery_page import (
 from sae_emotion_plugin.evidence.calibration import TAIL_THRESHOLDS, Calibration, Tail
 from sae_emotion_plugin.evidence.roc import roc_points
 from sae_emotion_plugin.feature_scores import FeatureScore, FeatureScores
+from sae_emotion_plugin.layer_scan import LayerScan, LayerScore
+from sae_emotion_plugin.method_comparison import MethodDifference, MethodScore, MethodTable
 from sae_emotion_plugin.reference_margins import ReferenceMargin, ReferenceMargins
 from sae_emotion_plugin.report_content import HighlightedText, ScoreDistribution
-
-
-@dataclass(frozen=True)
-class MethodScore:
-    method: str
-    emotion: str
-    auroc: float
-    low: float
-    high: float
-    choice: str
-
-
-@dataclass(frozen=True)
-class MethodDifference:
-    first: str
-    second: str
-    emotion: str
-    difference: float
-    low: float
-    high: float
-    margin: float
-    not_worse: bool
-
-
-@dataclass(frozen=True, repr=False)
-class MethodTable:
-    meta: dict[str, Any]
-    scores: tuple[MethodScore, ...]
-    differences: tuple[MethodDifference, ...]
-
-
-@dataclass(frozen=True)
-class SpecificityRow:
-    emotion: str
-    feature: int
-    auroc: float
-    rival: str
-    rival_auroc: float
-    margin: float
-    low: float
-    high: float
-    valence_free: float | None
-    keyword_free: float | None
-    n_keyword_free: int
-    profanity_free: float | None
-    n_profanity_free: int
-
-
-@dataclass(frozen=True, repr=False)
-class Specificity:
-    meta: dict[str, Any]
-    rows: tuple[SpecificityRow, ...]
-    matrix: np.ndarray
-
-
-@dataclass(frozen=True)
-class LayerScore:
-    layer: int
-    hook_name: str
-    pooling: str
-    emotion: str
-    probe: float
-    low: float
-    high: float
-    latent: float | None
-    latent_feature: int | None
-
-
-@dataclass(frozen=True, repr=False)
-class LayerScan:
-    meta: dict[str, Any]
-    rows: tuple[LayerScore, ...]
-
-
-@dataclass(frozen=True)
-class LogitLens:
-    prompt: str
-    tokens: tuple[str, ...]
-    layers: tuple[int, ...]
-    top: tuple[tuple[str, ...], ...]
-    probability: np.ndarray
-    entropy: np.ndarray
-
+from sae_emotion_plugin.specificity import Specificity, SpecificityRow
+from sae_emotion_plugin.text_lens import LogitLens
 
 EMOTIONS = (
     *("anger", "joy", "sadness", "fear", "love", "surprise", "disgust", "gratitude", "amusement", "admiration"),
@@ -422,7 +343,7 @@ def test_the_page_counts_wins_and_losses_by_emotion(content: DiscoveryContent):
 
 
 def test_every_figure_of_the_rows_is_on_the_page(content: DiscoveryContent, page: Page):
-    assert content.scores and content.margins
+    assert content.scores and content.margins and content.methods
     for row in content.scores.rows:
         assert str(row.feature) in page.prose
     assert all(f"{row.auroc:.3f}" in page.prose for row in content.methods.scores if row.emotion == "mean")

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.sparse
+from planted_codes import codes_of
 from scipy.stats import norm
 
 from sae_emotion_plugin import method_comparison
@@ -24,21 +24,6 @@ SHIFT = {"fear": 1.0, "joy": 1.6}
 def planted_auroc(shift: float) -> float:
     """The chance that a normal value moved by `shift` exceeds one that is not moved."""
     return float(norm.cdf(shift / np.sqrt(2)))
-
-
-def codes_of(matrix: np.ndarray) -> SparseCodes:
-    """Codes of texts of one token each."""
-    rows = scipy.sparse.csr_matrix(matrix.astype(np.float32))
-    return SparseCodes(
-        values=rows.data,
-        features=rows.indices.astype(np.int32),
-        row_starts=rows.indptr.astype(np.int64),
-        text_index=np.arange(len(matrix), dtype=np.int32),
-        token_ids=np.zeros(len(matrix), dtype=np.int32),
-        n_texts=len(matrix),
-        d_sae=matrix.shape[1],
-        hook_name="blocks.0.hook_resid_post",
-    )
 
 
 def world(n: int, seed: int) -> tuple[SparseCodes, dict[str, np.ndarray], LabelledTexts]:

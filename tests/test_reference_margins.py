@@ -5,30 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.sparse
+from planted_codes import codes_of
 from scipy.stats import mannwhitneyu
 
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.evidence.auroc_intervals import compare_aurocs
 from sae_emotion_plugin.reference_margins import ReferenceMargin, ReferenceMargins, reference_margins
-from sae_emotion_plugin.sparse_codes import SparseCodes
 
 EMOTIONS = ("fear", "joy")
-
-
-def codes_of(matrix: np.ndarray) -> SparseCodes:
-    """Codes of texts of one token each."""
-    rows = scipy.sparse.csr_matrix(matrix.astype(np.float32))
-    return SparseCodes(
-        values=rows.data,
-        features=rows.indices.astype(np.int32),
-        row_starts=rows.indptr.astype(np.int64),
-        text_index=np.arange(len(matrix), dtype=np.int32),
-        token_ids=np.zeros(len(matrix), dtype=np.int32),
-        n_texts=len(matrix),
-        d_sae=matrix.shape[1],
-        hook_name="blocks.0.hook_resid_post",
-    )
 
 
 def texts_of(emotions: Sequence[tuple[str, ...]], seed: int) -> LabelledTexts:
