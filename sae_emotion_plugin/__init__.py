@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from sae_emotion_plugin.feature_scores import FeatureScores as FeatureScores
     from sae_emotion_plugin.generation import generate as generate
     from sae_emotion_plugin.generations import Generations as Generations
-    from sae_emotion_plugin.interventions import SteeringPlan as SteeringPlan
     from sae_emotion_plugin.interventions import steering as steering
     from sae_emotion_plugin.keywords import emotion_keywords as emotion_keywords
     from sae_emotion_plugin.layer_scan import scan_layers as scan_layers
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from sae_emotion_plugin.sparse_codes import SparseCodes as SparseCodes
     from sae_emotion_plugin.sparse_codes import encode_texts as encode_texts
     from sae_emotion_plugin.sparse_codes import open_codes as open_codes
+    from sae_emotion_plugin.steering_plans import SteeringPlan as SteeringPlan
     from sae_emotion_plugin.text_lens import logit_lens as logit_lens
     from sae_emotion_plugin.training import train as train
 
@@ -39,7 +39,7 @@ _HOMES = {
     "Generations": "generations",
     "LabelledTexts": "emotion_texts",
     "SparseCodes": "sparse_codes",
-    "SteeringPlan": "interventions",
+    "SteeringPlan": "steering_plans",
     "TrainingRecipe": "recipes",
     "choose_pooling": "discovery",
     "compare_methods": "method_comparison",

@@ -167,10 +167,10 @@ def steer(
     from sae_emotion_plugin.activations import mean_norm
     from sae_emotion_plugin.emotion_texts import openings
     from sae_emotion_plugin.generation import generate
-    from sae_emotion_plugin.interventions import SteeringPlan
     from sae_emotion_plugin.models import load_model
     from sae_emotion_plugin.plugin import load_dictionary
     from sae_emotion_plugin.sparse_codes import checked_hook, token_settings
+    from sae_emotion_plugin.steering_plans import SteeringPlan
 
     sae = load_dictionary(dictionary)
     hooked = load_model(model)

@@ -14,11 +14,11 @@ from sae_emotion_plugin.activations import HookedModel, TokenWindow, mean_norm
 from sae_emotion_plugin.emotion_texts import openings
 from sae_emotion_plugin.feature_scores import FeatureScore, FeatureScores
 from sae_emotion_plugin.generation import Request, complete
-from sae_emotion_plugin.interventions import SteeringPlan
 from sae_emotion_plugin.models import decode_token, model_identity
 from sae_emotion_plugin.output_scores import kl_divergence, prompt_windows, read_next_tokens
 from sae_emotion_plugin.result_table import ResultTable
 from sae_emotion_plugin.sparse_codes import SparseCodes, checked_hook, token_settings
+from sae_emotion_plugin.steering_plans import SteeringPlan
 
 if TYPE_CHECKING:
     import pandas

@@ -15,11 +15,12 @@ from tqdm.auto import tqdm
 
 from sae_emotion_plugin.activations import HookedModel, model_device
 from sae_emotion_plugin.generations import Generation, Generations, Part
-from sae_emotion_plugin.interventions import SteeringPlan, check_plan, row_steering
+from sae_emotion_plugin.interventions import row_steering
 from sae_emotion_plugin.judges.judge import valence
 from sae_emotion_plugin.likelihoods import backing_off, continuation_nll, keeps_logits, padded
 from sae_emotion_plugin.models import model_identity
 from sae_emotion_plugin.sparse_codes import checked_hook, token_settings
+from sae_emotion_plugin.steering_plans import SteeringPlan, check_plan
 from sae_emotion_plugin.text_costs import is_degenerate
 
 Forward = Callable[[Int[Tensor, "row step"]], Float[Tensor, "row vocab"]]

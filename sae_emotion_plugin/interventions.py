@@ -1,168 +1,20 @@
-"""A `SteeringPlan` (which features, how strongly) and the hook that carries it out on a model."""
+"""The hook that carries out a `SteeringPlan` on a model."""
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_emotion_plugin.activations import HookedModel, canonical_hook
-from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.sparse_codes import CHUNK_ENTRIES, checked_hook, flat_heads, token_settings
-from sae_emotion_plugin.tables import html_table
+from sae_emotion_plugin.steering_plans import SteeringPlan, check_plan
 
-if TYPE_CHECKING:
-    import pandas
-
-Mode = Literal["add", "clamp"]
-Unit = Literal["residual_norm", "raw"]
 Where = Callable[[Float[Tensor, "row position d_in"]], Bool[Tensor, "row position"] | None]
-
-
-@dataclass(frozen=True)
-class Intervention:
-    """What happens to one feature.
-
-    `add` adds the feature's unit decoder direction, whatever the feature's own activation; `clamp` sets the size of
-    the feature's contribution and leaves everything else, the SAE's error term included, as it is.
-    """
-
-    feature: int
-    amount: float | int
-    mode: Mode = "add"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "amount", float(self.amount))
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"unknown mode {self.mode!r} (valid: {', '.join(get_args(Mode))})")
-        if not math.isfinite(self.amount):
-            raise ValueError(f"the amount of feature {self.feature} is {self.amount}; it must be finite")
-        if self.feature < 0:
-            raise ValueError(f"feature {self.feature} is negative (features count from 0)")
-
-
-@dataclass(frozen=True)
-class SteeringPlan:
-    """Which features to steer at one hook, and how strongly. Plain data: no tensors, readable as JSON.
-
-    In unit `residual_norm` an amount is a fraction of `residual_norm`, the mean norm of the activations at the hook
-    (BOS excluded: `activations.mean_norm` measures it): 0.1 makes a change, or a clamped contribution, a tenth as long
-    as a usual activation. In unit `raw` an added amount is a length in the model's own units, and a clamped amount the
-    feature's activation itself.
-    """
-
-    hook_name: str
-    interventions: tuple[Intervention, ...]
-    unit: Unit = "residual_norm"
-    residual_norm: float | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "interventions", tuple(self.interventions))
-        if self.unit not in get_args(Unit):
-            raise ValueError(f"unknown unit {self.unit!r} (valid: {', '.join(get_args(Unit))})")
-        if not self.interventions:
-            raise ValueError("a steering plan needs at least one intervention")
-        features = self.features
-        if repeated := sorted({feature for feature in features if features.count(feature) > 1}):
-            raise ValueError(f"feature {repeated[0]} stands twice in the plan; give it one amount")
-        norm = self.residual_norm
-        if norm is None and self.unit == "residual_norm":
-            raise ValueError("unit 'residual_norm' needs the norm: residual_norm=, or unit='raw'")
-        if norm is not None and not (math.isfinite(norm) and norm > 0):
-            raise ValueError(f"residual_norm is {norm}; it must be finite and above 0")
-
-    @classmethod
-    def of(
-        cls,
-        amounts: Mapping[int, float | int],
-        sae: Any,
-        *,
-        residual_norm: float | None = None,
-        mode: Mode = "add",
-        unit: Unit = "residual_norm",
-    ) -> "SteeringPlan":
-        """The plan that steers each feature of `amounts` by its amount, at the hook of `sae`.
-
-        Raises:
-            ValueError: no features, one that the SAE lacks, or an amount that is not finite.
-        """
-        interventions = tuple(Intervention(int(feature), amount, mode) for feature, amount in amounts.items())
-        plan = cls(sae.cfg.metadata.hook_name, interventions, unit, residual_norm)
-        check_plan(plan, sae)
-        return plan
-
-    @property
-    def features(self) -> tuple[int, ...]:
-        return tuple(intervention.feature for intervention in self.interventions)
-
-    @property
-    def amount(self) -> float:
-        """The sum of the amounts' sizes; negative when every amount is at most 0."""
-        amounts = [intervention.amount for intervention in self.interventions]
-        total = math.fsum(abs(amount) for amount in amounts)
-        return -total if total and max(amounts) <= 0 else total
-
-    @property
-    def mode(self) -> str:
-        """The mode of all interventions, or `mixed`."""
-        modes = {intervention.mode for intervention in self.interventions}
-        return modes.pop() if len(modes) == 1 else "mixed"
-
-    def scaled(self, factor: float | int) -> "SteeringPlan":
-        """The plan with every amount times `factor`."""
-        scaled = tuple(replace(one, amount=one.amount * factor) for one in self.interventions)
-        return replace(self, interventions=scaled)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "interventions": [asdict(one) for one in self.interventions]}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "SteeringPlan":
-        """The plan of a dictionary as `to_dict` makes it. ValueError for missing and unknown keys."""
-        _check_keys(cls, data)
-        interventions = []
-        for one in data["interventions"]:
-            _check_keys(Intervention, one)
-            interventions.append(Intervention(**one))
-        return cls(**{**data, "interventions": tuple(interventions)})
-
-    def save(self, path: str | Path) -> Path:
-        """Returns `path` after writing the plan there as JSON; the file appears whole or not at all."""
-        return write_whole(path, json.dumps(self.to_dict(), indent=2) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "SteeringPlan":
-        """The plan written by `save`."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON file: {error}") from error
-        if not isinstance(data, dict):
-            raise ValueError(f"{path} holds no steering plan (a JSON object), but a {type(data).__name__}")
-        return cls.from_dict(data)
-
-    def to_pandas(self) -> "pandas.DataFrame":
-        """One row for each intervention: feature, mode, amount, unit."""
-        import pandas as pd
-
-        return pd.DataFrame([{**asdict(one), "unit": self.unit} for one in self.interventions])
-
-    def __repr__(self) -> str:
-        parts = (f"{one.mode} {one.amount:+g} x feature {one.feature}" for one in self.interventions)
-        norm = "" if self.residual_norm is None else f" of {self.residual_norm:g}"
-        return f"SteeringPlan({', '.join(parts)}; {self.unit}{norm} at {self.hook_name})"
-
-    def _repr_html_(self) -> str:
-        lines = ((str(one.feature), one.mode, f"{one.amount:+g}") for one in self.interventions)
-        norm = "" if self.residual_norm is None else f" of {self.residual_norm:g}"
-        caption = f"SteeringPlan at {self.hook_name}, amounts in {self.unit}{norm}"
-        return html_table(caption, ("feature", "mode", "amount"), lines)
 
 
 @contextmanager
@@ -218,15 +70,6 @@ def row_steering(
     """
     with _hooked(model, sae, plans, lambda vectors: _at(mask, vectors)):
         yield
-
-
-def check_plan(plan: SteeringPlan, sae: Any) -> None:
-    """Refuse a plan that was made for another hook or names a feature that the SAE lacks (ValueError)."""
-    if plan.hook_name != sae.cfg.metadata.hook_name:
-        raise ValueError(f"the plan steers {plan.hook_name}, the SAE reads {sae.cfg.metadata.hook_name}")
-    for feature in plan.features:
-        if feature >= sae.cfg.d_sae:
-            raise ValueError(f"the SAE has no feature {feature} (valid: 0 to {sae.cfg.d_sae - 1})")
 
 
 @contextmanager
@@ -365,12 +208,3 @@ def _token_scale(sae: Any, vectors: Float[Tensor, "row position d_in"]) -> Float
     if sae.cfg.normalize_activations == "constant_norm_rescale":
         return vectors.float().norm(dim=-1, keepdim=True) / math.sqrt(sae.cfg.d_in)
     return 1.0
-
-
-def _check_keys(kind: type, data: Mapping[str, Any]) -> None:
-    names = [field.name for field in fields(kind)]
-    required = [name for name in names if not hasattr(kind, name)]
-    if missing := [name for name in required if name not in data]:
-        raise ValueError(f"{kind.__name__} has no {missing[0]!r} (valid keys: {', '.join(names)})")
-    if unknown := [name for name in data if name not in names]:
-        raise ValueError(f"{kind.__name__} has an unknown key {unknown[0]!r} (valid: {', '.join(names)})")

@@ -18,12 +18,13 @@ from tqdm.auto import tqdm
 from sae_emotion_plugin.activations import HookedModel, TokenWindow, mean_norm, model_device, tokenize
 from sae_emotion_plugin.emotion_texts import openings
 from sae_emotion_plugin.feature_scores import FeatureScore
-from sae_emotion_plugin.interventions import Mode, SteeringPlan, row_steering
+from sae_emotion_plugin.interventions import row_steering
 from sae_emotion_plugin.judges.judge import emotion_lexicon
 from sae_emotion_plugin.likelihoods import LOGIT_ENTRIES, backing_off, keeps_logits
 from sae_emotion_plugin.models import logit_lens, model_identity
 from sae_emotion_plugin.result_table import ResultTable
 from sae_emotion_plugin.sparse_codes import checked_hook, token_settings
+from sae_emotion_plugin.steering_plans import Mode, SteeringPlan
 
 if TYPE_CHECKING:
     import pandas

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from sae_emotion_plugin.activations import HookedModel, tokenize
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.generations import Generation, Part, perplexity_ratio
-from sae_emotion_plugin.interventions import SteeringPlan, check_plan, steering
+from sae_emotion_plugin.interventions import steering
 from sae_emotion_plugin.likelihoods import mean_kl
 from sae_emotion_plugin.models import model_identity
 from sae_emotion_plugin.result_table import ResultTable
 from sae_emotion_plugin.sparse_codes import checked_hook, token_settings
+from sae_emotion_plugin.steering_plans import SteeringPlan, check_plan
 from sae_emotion_plugin.text_costs import distinct_2, four_gram_repetition, language_switch, words
 
 if TYPE_CHECKING:

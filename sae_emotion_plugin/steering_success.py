@@ -19,13 +19,13 @@ from sae_emotion_plugin.emotion_texts import openings
 from sae_emotion_plugin.feature_tokens import promoted_tokens
 from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.generation import Request, complete
-from sae_emotion_plugin.interventions import SteeringPlan
 from sae_emotion_plugin.judges.judge import VALENCE, Judge
 from sae_emotion_plugin.judges.masking import emotion_mask
 from sae_emotion_plugin.judges.names import load_judge
 from sae_emotion_plugin.judges.sentence import has_encoder
 from sae_emotion_plugin.models import weights_identity
 from sae_emotion_plugin.sparse_codes import checked_hook, token_settings
+from sae_emotion_plugin.steering_plans import SteeringPlan
 from sae_emotion_plugin.text_costs import is_degenerate
 
 Written = list[tuple[str, bool]]

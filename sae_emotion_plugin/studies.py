@@ -14,8 +14,8 @@ import torch
 from sae_emotion_plugin.activations import HookedModel
 from sae_emotion_plugin.generation import Request, complete, expected_next_token, judge_rows
 from sae_emotion_plugin.generations import Generation, Part, Summary, summary
-from sae_emotion_plugin.interventions import SteeringPlan
 from sae_emotion_plugin.judges.judge import emotion_lexicon
+from sae_emotion_plugin.steering_plans import SteeringPlan
 
 logger = logging.getLogger(__name__)
 

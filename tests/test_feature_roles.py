@@ -23,8 +23,9 @@ from sae_emotion_plugin.feature_roles import (
 )
 from sae_emotion_plugin.feature_scores import FeatureScore, FeatureScores
 from sae_emotion_plugin.generation import Request, complete
-from sae_emotion_plugin.interventions import SteeringPlan, steering
+from sae_emotion_plugin.interventions import steering
 from sae_emotion_plugin.sparse_codes import SparseCodes, encode_texts
+from sae_emotion_plugin.steering_plans import SteeringPlan
 
 NORM = 4.0
 PROMPTS = ("he is such a", "w3 w4", "w9 is w7 w6")

@@ -20,9 +20,10 @@ from sae_emotion_plugin.generation import (
     judge_rows,
 )
 from sae_emotion_plugin.generations import Generations
-from sae_emotion_plugin.interventions import Intervention, SteeringPlan, steering
+from sae_emotion_plugin.interventions import steering
 from sae_emotion_plugin.judges.judge import valence
 from sae_emotion_plugin.likelihoods import continuation_nll
+from sae_emotion_plugin.steering_plans import Intervention, SteeringPlan
 from sae_emotion_plugin.text_costs import is_degenerate
 
 BOS, NEW = 1, 6

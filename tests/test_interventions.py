@@ -13,7 +13,8 @@ from jaxtyping import config
 from torch import Tensor
 
 from sae_emotion_plugin.activations import canonical_hook
-from sae_emotion_plugin.interventions import Intervention, SteeringPlan, row_steering, steering
+from sae_emotion_plugin.interventions import row_steering, steering
+from sae_emotion_plugin.steering_plans import Intervention, SteeringPlan
 
 TOKENS = torch.tensor([[1, 4, 5, 6, 7], [1, 20, 21, 22, 23], [1, 30, 8, 31, 40]])
 NORM = 3.0
@@ -257,7 +258,7 @@ def test_a_wrong_intervention_is_refused_by_name(wrong: dict[str, Any], named: s
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        ({"unit": "metre"}, "'metre'.*residual_norm, raw"),
+        ({"unit": "metre"}, "'metre'.*residual_norm, max_activation, activation, raw"),
         ({"interventions": ()}, "at least one"),
         ({"interventions": (Intervention(5, 1.0), Intervention(5, 2.0))}, "feature 5 stands twice"),
         ({"residual_norm": None}, "needs the norm"),

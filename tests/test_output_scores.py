@@ -11,7 +11,7 @@ from conftest import D_SAE, JOY, VOCABULARY, WORDS, make_sae
 from sae_emotion_plugin import output_scores as module
 from sae_emotion_plugin.activations import TokenWindow
 from sae_emotion_plugin.feature_scores import FeatureScore
-from sae_emotion_plugin.interventions import SteeringPlan, steering
+from sae_emotion_plugin.interventions import steering
 from sae_emotion_plugin.models import logit_lens
 from sae_emotion_plugin.output_scores import (
     CAUSAL_AMOUNT,
@@ -22,6 +22,7 @@ from sae_emotion_plugin.output_scores import (
     read_next_tokens,
     steering_order,
 )
+from sae_emotion_plugin.steering_plans import SteeringPlan
 
 NORM = 4.0
 PROMPTS = ("he is such a", "w3 w4", "w9 is w7 w6")

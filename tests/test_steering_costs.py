@@ -12,7 +12,7 @@ from conftest import GENERATION, JOY
 from sae_emotion_plugin.activations import tokenize
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.generations import Generation, summary
-from sae_emotion_plugin.interventions import SteeringPlan, steering
+from sae_emotion_plugin.interventions import steering
 from sae_emotion_plugin.likelihoods import mean_kl
 from sae_emotion_plugin.steering_costs import (
     SteeringCost,
@@ -20,6 +20,7 @@ from sae_emotion_plugin.steering_costs import (
     continuation_costs,
     steering_costs,
 )
+from sae_emotion_plugin.steering_plans import SteeringPlan
 from sae_emotion_plugin.studies import Cell, run_cells
 
 NEUTRAL = ("w1 w2 w3 w4", "w9 w8 such a", "he is")
