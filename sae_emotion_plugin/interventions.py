@@ -49,7 +49,7 @@ def steering(
     """
     checked_hook(model, sae)
     check_plan(plan, sae, model)
-    with _hooked(model, sae, [plan], tracked(mask, None, token_settings(sae)["prepend_bos"])):
+    with _hooked(model, sae, [plan], tracked(mask, skip_first=token_settings(sae)["prepend_bos"])):
         yield
 
 
@@ -60,6 +60,7 @@ def row_steering(
     plans: Sequence[SteeringPlan | None],
     mask: Bool[Tensor, "row position"] | None = None,
     prompt_lengths: Int[Tensor, " row"] | None = None,
+    n_written: int = 0,
 ) -> Iterator[None]:
     """A context in which row `i` of every batch is steered by `plans[i]`, or not at all where that is None.
 
@@ -68,12 +69,13 @@ def row_steering(
             generation with a cache, are steered there whatever the mask; without a mask every position is steered.
         prompt_lengths: how many of each row's steered positions are the prompt's; what follows was generated. Without
             it all are.
+        n_written: how many tokens were generated before the context was entered, when it begins with a single one.
 
     Raises:
         ValueError: as `steering`, save that neither the SAE's width nor the model's hash is checked; another number of
             rows than plans.
     """
-    with _hooked(model, sae, plans, tracked(mask, prompt_lengths, skip_first=False)):
+    with _hooked(model, sae, plans, tracked(mask, prompt_lengths, n_written=n_written)):
         yield
 
 
