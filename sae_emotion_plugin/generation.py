@@ -40,6 +40,9 @@ def generate(
     max_new_tokens: int = 20,
     temperature: float | int = 0.0,
     seed: int = 0,
+    top_k: int = 0,
+    top_p: float | int = 1.0,
+    stop: Sequence[str] = (),
     emotion: str = "",
     part: Part = "demo",
 ) -> Generations:
@@ -49,11 +52,12 @@ def generate(
     """
     if isinstance(prompts, str):
         raise ValueError("prompts must be a list of strings, not one string")
-    steered = [Request(prompt, plan, temperature, seed) for prompt in prompts]
+    steered = [Request(prompt, plan, temperature, seed, top_k, top_p) for prompt in prompts]
     both = [*steered, *(replace(request, plan=None) for request in steered)]
-    done = complete(model, sae, both, max_new_tokens=max_new_tokens, progress=False)
+    done = complete(model, sae, both, max_new_tokens=max_new_tokens, stop=stop, progress=False)
     rows = judge_rows(done[: len(steered)], done[len(steered) :], emotion=emotion, part=part)
     meta = {"model": model_identity(model), "max_new_tokens": max_new_tokens, "plan": plan.to_dict()}
+    meta |= {"top_k": top_k, "top_p": float(top_p), "stop": list(stop)}
     return Generations({**meta, "recommended": {}}, rows)
 
 

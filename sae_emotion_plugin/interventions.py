@@ -96,14 +96,26 @@ def actual_plan(
     Raises:
         ValueError: a feature that the SAE lacks, or one that is silent on the text.
     """
-    codes = encode_texts(model, sae, [text], progress=False)
-    if wrong := [feature for feature in features if not 0 <= feature < codes.d_sae]:
-        raise ValueError(f"the SAE has no feature {wrong[0]} (valid: 0 to {codes.d_sae - 1})")
-    pooled = codes.pooled(pooling)[0, list(features)].toarray()[0]
-    if silent := [feature for feature, value in zip(features, pooled, strict=True) if value <= 0]:
-        raise ValueError(f"feature {silent[0]} does not fire on {text[:60]!r}: there is no activation to steer with")
-    amounts = {feature: times * float(value) for feature, value in zip(features, pooled, strict=True)}
+    found = activations_on(model, sae, features, [text], pooling=pooling)
+    amounts = {feature: times * value for feature, value in found.items()}
     return SteeringPlan.of(amounts, sae, unit="activation", model=model)
+
+
+def activations_on(
+    model: HookedModel, sae: Any, features: Sequence[int], texts: Sequence[str], *, pooling: Pooling = "max"
+) -> dict[int, float]:
+    """Each feature's activation on each text, pooled over the text's tokens; the largest over the texts.
+
+    ValueError for a feature that the SAE lacks, or one that is silent on the texts.
+    """
+    if wrong := [feature for feature in features if not 0 <= feature < sae.cfg.d_sae]:
+        raise ValueError(f"the SAE has no feature {wrong[0]} (valid: 0 to {sae.cfg.d_sae - 1})")
+    codes = encode_texts(model, sae, texts, progress=False)
+    pooled = codes.pooled(pooling)[:, list(features)].toarray().max(axis=0)
+    if silent := [feature for feature, value in zip(features, pooled, strict=True) if value <= 0]:
+        where = repr(texts[0][:60]) if len(texts) == 1 else f"the {len(texts)} texts"
+        raise ValueError(f"feature {silent[0]} does not fire on {where}: there is no activation to steer with")
+    return {feature: float(value) for feature, value in zip(features, pooled, strict=True)}
 
 
 @contextmanager
