@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Never ask a model hub from a test, and keep thread pools at the size of the machine.
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-# Two processes, whatever the machine: each may hold the embedded model. A file stays in one, for what its tests share.
-WORKERS := -n 2 --dist loadfile
+# Two processes, whatever the machine: each may hold the embedded model. A file stays in one, for what its tests share;
+# files are taken in the order that tests/conftest.py gives them.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test check fast format bench readme clean
 .DEFAULT_GOAL := check

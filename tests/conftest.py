@@ -59,6 +59,12 @@ GENERATION = Generation(
 """A steered continuation beside its baseline; tests change what they are about."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: with several processes a long one must not begin when the others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def word_tokenizer() -> Any:
     """One token a word; unknown words are `<unk>`; BOS, EOS and padding have ids of their own."""
