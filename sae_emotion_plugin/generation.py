@@ -152,7 +152,7 @@ def complete(
         raise ValueError(f"max_new_tokens ({max_new_tokens}) and batch_rows ({batch_rows}) must be at least 1")
     checked_hook(model, sae)
     for plan in {request.plan for request in requests if request.plan}:
-        check_plan(plan, sae)
+        check_plan(plan, sae, model)
     prompts = {request.prompt: _prompt_tokens(model, sae, request.prompt, max_new_tokens) for request in requests}
     ordered = sorted(dict.fromkeys(map(_decoding, requests)), key=lambda request: len(prompts[request.prompt]))
     with tqdm(total=len(ordered) * max_new_tokens, unit="token", desc="generating", disable=not progress) as bar:
@@ -189,7 +189,7 @@ def expected_next_token(
     One step instead of a continuation, and no sampling noise. Errors as in `complete`.
     """
     for plan in {request.plan for request in requests if request.plan}:
-        check_plan(plan, sae)
+        check_plan(plan, sae, model)
     prompts = [_prompt_tokens(model, sae, request.prompt, 1) for request in requests]
     order = sorted(range(len(requests)), key=lambda place: len(prompts[place]))
     means = [0.0] * len(requests)
@@ -269,7 +269,7 @@ def _stepping(
         last = lengths + written.shape[1] - 1
         kept, place = last.unique(return_inverse=True) if has_cache else (None, last)
         keep = {} if kept is None else {"logits_to_keep": kept.to(device), "use_cache": False}
-        with row_steering(model, sae, plans, steered):
+        with row_steering(model, sae, plans, steered, lengths - n_bos):
             return model(tokens.to(device), **keep)[rows.to(device), place.to(device)]
 
     if not (use_cache and has_cache):
