@@ -45,9 +45,9 @@ class SweepScores(ResultTable):
 
     def of(self, variant: str, judge: str, measure: str) -> tuple[SweepScore, ...]:
         """The rows of a variant by one judge on one measure. ValueError, with the valid names, where there are none."""
-        found = self._groups.get((variant, judge, measure))
+        found = self.groups.get((variant, judge, measure))
         if found is None:
-            known = [sorted(set(names)) for names in zip(*self._groups, strict=True)] or [[], [], []]
+            known = [sorted(set(names)) for names in zip(*self.groups, strict=True)] or [[], [], []]
             for what, name, names in zip(
                 ("variant", "judge", "measure"), (variant, judge, measure), known, strict=True
             ):
@@ -100,7 +100,8 @@ class SweepScores(ResultTable):
         return DoseCurve(variant, tuple(points))
 
     @cached_property
-    def _groups(self) -> dict[tuple[str, str, str], tuple[SweepScore, ...]]:
+    def groups(self) -> dict[tuple[str, str, str], tuple[SweepScore, ...]]:
+        """The rows by variant, judge and measure."""
         groups: dict[tuple[str, str, str], list[SweepScore]] = {}
         for row in self.rows:
             groups.setdefault((row.variant, row.judge, row.measure), []).append(row)
