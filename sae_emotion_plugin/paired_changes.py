@@ -60,13 +60,19 @@ def contrast(changes: Mapping[Key, Changes], weights: Mapping[Key, float], seed:
     return hierarchical_interval(values, prompts=prompts, seeds=seeds, resamples=RESAMPLES, seed=seed)
 
 
+def mean_change(changes: Changes) -> float | None:
+    """The mean over prompts of each prompt's mean over seeds, None where there are none."""
+    of_prompt: dict[str, list[float]] = {}
+    for (prompt, _), value in changes.items():
+        of_prompt.setdefault(prompt, []).append(value)
+    return float(np.mean([np.mean(values) for values in of_prompt.values()])) if of_prompt else None
+
+
 def ratio_of(rows: Sequence[SweepScore]) -> float | None:
     """The perplexity ratio of some scores, the geometric mean over prompts; None where no text has a likelihood."""
-    costs: dict[str, list[float]] = {}
-    for row in rows:
-        if row.log_perplexity_ratio is not None:
-            costs.setdefault(row.prompt, []).append(row.log_perplexity_ratio)
-    return math.exp(np.mean([np.mean(one) for one in costs.values()])) if costs else None
+    costs = {(row.prompt, row.seed): row.log_perplexity_ratio for row in rows if row.log_perplexity_ratio is not None}
+    mean = mean_change(costs)
+    return None if mean is None else math.exp(mean)
 
 
 def shown_interval(interval: Interval | None) -> str:
