@@ -10,6 +10,7 @@ import click
 from sae_emotion_plugin.cli_discovery import discover, features, layers, lens, roles
 from sae_emotion_plugin.cli_options import OneLineErrors, dictionary_option, json_option, model_option
 from sae_emotion_plugin.cli_registry import registry
+from sae_emotion_plugin.cli_steering import export, steer
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -113,86 +114,6 @@ def evidence(
 
 
 @main.command()
-@click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
-@click.option("--feature", "features", multiple=True, metavar="N=AMOUNT", help="A feature and its amount (repeatable).")
-@click.option("--emotion", help="Steer with the best features of this emotion instead of --feature.")
-@click.option("--scores", type=click.Path(path_type=Path), help="scores.json for --emotion, as discover writes it.")
-@click.option("--features-used", default=3, show_default=True, help="With --emotion: how many features share --amount.")
-@click.option(
-    "--rank",
-    type=click.Choice(["causal", "auroc"]),
-    default="causal",
-    show_default=True,
-    help="With --emotion: which of its 20 best features: those that make its words likelier, or tell its texts best.",
-)
-@click.option("--amount", default=0.1, show_default=True, help="With --emotion: the amount, shared by its features.")
-@click.option("--mode", type=click.Choice(["add", "clamp"]), default="add", show_default=True, help="Add, or clamp.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
-@click.option("--tokens", default=20, show_default=True, help="Tokens to generate.")
-@model_option
-@dictionary_option
-@json_option
-def steer(
-    prompts: tuple[str, ...],
-    features: tuple[str, ...],
-    emotion: str | None,
-    scores: Path | None,
-    features_used: int,
-    rank: str,
-    amount: float,
-    mode: str,
-    temperature: float,
-    seed: int,
-    tokens: int,
-    model: str,
-    dictionary: str,
-    as_json: bool,
-) -> None:
-    """Continue every PROMPT without and with steering.
-
-    Amounts are fractions of the mean residual norm at the dictionary's hook; 0.1 is a usual one.
-    """
-    amounts = dict(_amount(text) for text in features)
-    if bool(amounts) == bool(emotion):
-        raise ValueError("give either --feature N=AMOUNT (repeatable) or --emotion NAME --scores FILE")
-    if emotion and scores is None:
-        raise ValueError(f"--emotion {emotion} needs --scores FILE (written by discover or quickstart)")
-    candidates = ()
-    if scores is not None and emotion:
-        from sae_emotion_plugin.feature_scores import FeatureScores
-
-        candidates = FeatureScores.load(scores).top(emotion, max(features_used, 20 if rank == "causal" else 1))
-
-    from sae_emotion_plugin.activations import mean_norm
-    from sae_emotion_plugin.emotion_texts import openings
-    from sae_emotion_plugin.generation import generate
-    from sae_emotion_plugin.models import load_model
-    from sae_emotion_plugin.plugin import load_dictionary
-    from sae_emotion_plugin.sparse_codes import checked_hook, token_settings
-    from sae_emotion_plugin.steering_plans import SteeringPlan
-
-    sae = load_dictionary(dictionary)
-    hooked = load_model(model)
-    if emotion:
-        if rank == "causal":
-            from sae_emotion_plugin.output_scores import steering_order
-
-            candidates = steering_order(hooked, sae, candidates)
-        best = candidates[:features_used]
-        amounts = {row.feature: amount / len(best) for row in best}
-    norm = mean_norm(hooked, openings("neutral"), checked_hook(hooked, sae), **token_settings(sae))
-    plan = SteeringPlan.of(amounts, sae, residual_norm=norm, mode="clamp" if mode == "clamp" else "add")
-    made = generate(
-        hooked, sae, plan, prompts, max_new_tokens=tokens, temperature=temperature, seed=seed, emotion=emotion or ""
-    )
-    if as_json:
-        click.echo(json.dumps({"meta": made.meta, "rows": [vars(row) for row in made.rows]}, ensure_ascii=False))
-    else:
-        click.echo(repr(made))
-
-
-@main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--texts", required=True, type=click.Path(path_type=Path), help="Folder of the recipe's texts.")
@@ -233,7 +154,7 @@ def convert(checkpoint: Path, out: Path, hook_name: str | None, model_name: str 
     click.echo(json.dumps({"folder": str(folder)}) if as_json else f"written to {folder}")
 
 
-for command in (discover, features, layers, lens, registry, roles):
+for command in (discover, export, features, layers, lens, registry, roles, steer):
     main.add_command(command)
 
 
@@ -246,11 +167,3 @@ def completion(shell: str) -> None:
     found = get_completion_class(shell)
     assert found is not None, "click ships these three"
     click.echo(found(main, {}, "sae-emotion", "_SAE_EMOTION_COMPLETE").source())
-
-
-def _amount(text: str) -> tuple[int, float]:
-    number, _, amount = text.partition("=")
-    try:
-        return int(number), float(amount)
-    except ValueError:
-        raise ValueError(f"--feature {text!r} is not of the form N=AMOUNT, for example 1234=0.1") from None

@@ -49,7 +49,7 @@ def steering(
     """
     checked_hook(model, sae)
     check_plan(plan, sae, model)
-    with _hooked(model, sae, [plan], tracked(mask, None, token_settings(sae)["prepend_bos"])):
+    with _hooked(model, sae, [plan], tracked(mask, skip_first=token_settings(sae)["prepend_bos"])):
         yield
 
 
@@ -60,6 +60,7 @@ def row_steering(
     plans: Sequence[SteeringPlan | None],
     mask: Bool[Tensor, "row position"] | None = None,
     prompt_lengths: Int[Tensor, " row"] | None = None,
+    n_written: int = 0,
 ) -> Iterator[None]:
     """A context in which row `i` of every batch is steered by `plans[i]`, or not at all where that is None.
 
@@ -68,12 +69,13 @@ def row_steering(
             generation with a cache, are steered there whatever the mask; without a mask every position is steered.
         prompt_lengths: how many of each row's steered positions are the prompt's; what follows was generated. Without
             it all are.
+        n_written: how many tokens were generated before the context was entered, when it begins with a single one.
 
     Raises:
         ValueError: as `steering`, save that neither the SAE's width nor the model's hash is checked; another number of
             rows than plans.
     """
-    with _hooked(model, sae, plans, tracked(mask, prompt_lengths, skip_first=False)):
+    with _hooked(model, sae, plans, tracked(mask, prompt_lengths, n_written=n_written)):
         yield
 
 
@@ -94,14 +96,26 @@ def actual_plan(
     Raises:
         ValueError: a feature that the SAE lacks, or one that is silent on the text.
     """
-    codes = encode_texts(model, sae, [text], progress=False)
-    if wrong := [feature for feature in features if not 0 <= feature < codes.d_sae]:
-        raise ValueError(f"the SAE has no feature {wrong[0]} (valid: 0 to {codes.d_sae - 1})")
-    pooled = codes.pooled(pooling)[0, list(features)].toarray()[0]
-    if silent := [feature for feature, value in zip(features, pooled, strict=True) if value <= 0]:
-        raise ValueError(f"feature {silent[0]} does not fire on {text[:60]!r}: there is no activation to steer with")
-    amounts = {feature: times * float(value) for feature, value in zip(features, pooled, strict=True)}
+    found = activations_on(model, sae, features, [text], pooling=pooling)
+    amounts = {feature: times * value for feature, value in found.items()}
     return SteeringPlan.of(amounts, sae, unit="activation", model=model)
+
+
+def activations_on(
+    model: HookedModel, sae: Any, features: Sequence[int], texts: Sequence[str], *, pooling: Pooling = "max"
+) -> dict[int, float]:
+    """Each feature's activation on each text, pooled over the text's tokens; the largest over the texts.
+
+    ValueError for a feature that the SAE lacks, or one that is silent on the texts.
+    """
+    if wrong := [feature for feature in features if not 0 <= feature < sae.cfg.d_sae]:
+        raise ValueError(f"the SAE has no feature {wrong[0]} (valid: 0 to {sae.cfg.d_sae - 1})")
+    codes = encode_texts(model, sae, texts, progress=False)
+    pooled = codes.pooled(pooling)[:, list(features)].toarray().max(axis=0)
+    if silent := [feature for feature, value in zip(features, pooled, strict=True) if value <= 0]:
+        where = repr(texts[0][:60]) if len(texts) == 1 else f"the {len(texts)} texts"
+        raise ValueError(f"feature {silent[0]} does not fire on {where}: there is no activation to steer with")
+    return {feature: float(value) for feature, value in zip(features, pooled, strict=True)}
 
 
 @contextmanager

@@ -30,16 +30,21 @@ Where = Callable[[Float[Tensor, "row position d_in"], str], Places]
 
 
 def tracked(
-    mask: Bool[Tensor, "masked_row masked"] | None, prompt_lengths: Int[Tensor, " row"] | None, skip_first: bool
+    mask: Bool[Tensor, "masked_row masked"] | None,
+    prompt_lengths: Int[Tensor, " row"] | None = None,
+    *,
+    skip_first: bool = False,
+    n_written: int = 0,
 ) -> Where:
-    """Tells each call's places, from its shape and the calls before it at the same hook."""
+    """Tells each call's places, from its shape and the calls before it at the same hook (`interventions`)."""
     seen: dict[str, tuple[Tensor, int]] = {}
 
     def places(vectors: Float[Tensor, "row position d_in"], hook: str) -> Places:
         rows, positions = vectors.shape[:2]
         if positions == 1 and (mask is None or mask.shape[1] != 1 or hook in seen):
-            n_prompt, step = seen.get(hook, (torch.zeros(rows, dtype=torch.int64), 0))
-            n_prompt = n_prompt if len(n_prompt) == rows else torch.zeros(rows, dtype=torch.int64)
+            nothing = torch.zeros(rows, dtype=torch.int64)
+            n_prompt, step = seen.get(hook, (nothing if prompt_lengths is None else prompt_lengths, n_written))
+            n_prompt = n_prompt if len(n_prompt) == rows else nothing
             seen[hook] = n_prompt, step + 1
             return Places((n_prompt + step)[:, None], torch.full((rows, 1), step + 1), n_prompt)
         steered = mask

@@ -173,12 +173,14 @@ class SteeringPlan:
         residual_norm: float | None = None,
         mode: Mode = "add",
         unit: Unit = "residual_norm",
+        max_activations: Mapping[int, float] | None = None,
         model: Any = None,
         **where: Any,
     ) -> "SteeringPlan":
         """The plan that steers each feature of `amounts` by its amount, bound to `sae`, and to `model` where given.
 
         Args:
+            max_activations: each feature's largest activation on some corpus (`interventions.activations_on`).
             where: further fields, by name: `at`, `positions`, `first_tokens`, `decay`, `gate`, `keep_error`.
 
         Raises:
@@ -186,7 +188,10 @@ class SteeringPlan:
         """
         plan = cls(
             sae.cfg.metadata.hook_name,
-            tuple(Intervention(int(feature), amount, mode) for feature, amount in amounts.items()),
+            tuple(
+                Intervention(int(feature), amount, mode, (max_activations or {}).get(feature))
+                for feature, amount in amounts.items()
+            ),
             unit,
             residual_norm,
             dictionary=dictionary_sha256(sae),

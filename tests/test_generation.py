@@ -9,8 +9,10 @@ import torch
 from conftest import HOOK, JOY, JOY_TOKEN, WORDS, make_sae
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from sae_emotion_plugin import generation
+from sae_emotion_plugin.decoding import prompt_tokens, stepping
 from sae_emotion_plugin.generation import (
     Continuation,
     Request,
@@ -23,6 +25,7 @@ from sae_emotion_plugin.generations import Generations
 from sae_emotion_plugin.interventions import steering
 from sae_emotion_plugin.judges.judge import valence
 from sae_emotion_plugin.likelihoods import continuation_nll
+from sae_emotion_plugin.sampling import Sampling, choose
 from sae_emotion_plugin.steering_plans import Intervention, SteeringPlan
 from sae_emotion_plugin.text_costs import is_degenerate
 
@@ -74,7 +77,7 @@ def run(model: Any, sae: Any, requests: Sequence[Request], **kwargs: Any) -> tup
 
 
 def ending_at(monkeypatch: pytest.MonkeyPatch, tokens: set[int]) -> None:
-    monkeypatch.setattr(generation, "_end_tokens", lambda model: tokens)
+    monkeypatch.setattr(generation, "end_tokens", lambda model: tokens)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -93,13 +96,13 @@ def test_a_mixed_batch_writes_what_each_request_gets_alone_by_hand(
 @pytest.mark.parametrize("name", ["bridge", "learned_positions"])
 def test_the_cache_changes_no_logits(name: str, layer_norm_sae: Any, request: pytest.FixtureRequest) -> None:
     model, requests = request.getfixturevalue(name), mixed_requests(layer_norm_sae)
-    prompts = [generation._prompt_tokens(model, layer_norm_sae, one.prompt, NEW) for one in requests]
+    prompts = [prompt_tokens(model, layer_norm_sae, one.prompt, NEW) for one in requests]
     written = torch.randint(4, len(WORDS), (len(requests), NEW), generator=torch.Generator().manual_seed(0))
     seen: list[list[torch.Tensor]] = []
     for use_cache in (True, False):
         with (
             torch.inference_mode(),
-            generation._stepping(model, layer_norm_sae, requests, prompts, use_cache) as forward,
+            stepping(model, layer_norm_sae, [one.plan for one in requests], prompts, use_cache) as forward,
         ):
             seen.append([forward(written[:, :step]) for step in range(NEW + 1)])
     for cached, recomputed in zip(*seen, strict=True):
@@ -159,14 +162,14 @@ def test_end_tokens_are_the_tokenizers_and_the_models(bridge: Any, monkeypatch: 
     config = bridge.original_model.generation_config
     for given_ids, expected in ((None, {2}), (9, {2, 9}), ([9, 11], {2, 9, 11})):
         monkeypatch.setattr(config, "eos_token_id", given_ids)
-        assert generation._end_tokens(bridge) == expected
+        assert generation.end_tokens(bridge) == expected
 
 
 def test_equal_requests_are_generated_once(bridge: Any, planted_sae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    write = generation._write
+    write = generation.write
     monkeypatch.setattr(
-        generation, "_write", lambda forward, batch, *rest: sizes.append(len(batch)) or write(forward, batch, *rest)
+        generation, "write", lambda forward, batch, *rest: sizes.append(len(batch)) or write(forward, batch, *rest)
     )
     greedy = [Request("he is", seed=seed) for seed in range(3)]
     sampled = [Request("he is", temperature=1.0, seed=seed) for seed in (0, 1, 0)]
@@ -213,8 +216,8 @@ def test_a_sampled_token_is_the_one_in_which_the_draw_falls(
     logits[rng.random(vocabulary) < 0.3] = -np.inf
     logits[rng.integers(vocabulary)] = 5.0
     rows = torch.from_numpy(np.stack([logits, logits]))
-    sampled, greedy = generation._choose(
-        rows, torch.tensor([temperature, 0.0]), torch.tensor([draw, draw], dtype=torch.float64)
+    sampled, greedy = choose(
+        rows, sampling([temperature, 0.0]), torch.tensor([draw, draw], dtype=torch.float64)
     ).tolist()
     weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
     bounds = np.r_[0, np.cumsum(weights) / weights.sum()]
@@ -223,10 +226,67 @@ def test_a_sampled_token_is_the_one_in_which_the_draw_falls(
     assert bounds[sampled] - 1e-6 <= draw <= bounds[sampled + 1] + 1e-6
 
 
+def sampling(temperatures: list[float], top_k: int = 0, top_p: float = 1.0) -> Sampling:
+    n = len(temperatures)
+    return Sampling(torch.tensor(temperatures), torch.full((n,), top_k), torch.full((n,), top_p))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    temperature=st.sampled_from([0.3, 1.0, 2.0]),
+    top_k=st.sampled_from([0, 1, 3, 1000]),
+    top_p=st.sampled_from([1e-9, 0.3, 0.9, 1.0]),
+)
+def test_only_the_likeliest_tokens_are_drawn_as_transformers_has_it(
+    seed: int, temperature: float, top_k: int, top_p: float
+) -> None:
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(seed)) * 3
+    warpers = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    expected = logits
+    for warper in warpers:
+        expected = warper(torch.zeros(1, 0, dtype=torch.int64), expected)
+    draws = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
+    drawn = choose(logits.expand(400, -1), sampling([temperature] * 400, top_k, top_p), draws)
+    counts = torch.bincount(drawn, minlength=50)
+    shares = expected[0].softmax(0)
+    assert (counts[shares == 0] == 0).all()
+    assert (counts / 400 - shares).abs().max() < 1 / 200
+
+
+def test_top_k_of_one_is_greedy_and_limits_are_each_rows_own(bridge: Any, planted_sae: Any) -> None:
+    free, narrow, greedy = run(
+        bridge, planted_sae,
+        [Request("he is", None, 1.5, 3), Request("he is", None, 1.5, 3, top_k=1), Request("he is")],
+    )  # fmt: skip
+    assert narrow.token_ids == greedy.token_ids != free.token_ids
+    with pytest.raises(ValueError, match="top_k is -1"):
+        Request("he is", top_k=-1)
+    with pytest.raises(ValueError, match="top_p is 0"):
+        Request("he is", top_p=0)
+
+
+def test_a_text_ends_before_a_stop_string(bridge: Any, planted_sae: Any) -> None:
+    requests = [Request(prompt, None, 1.0, seed) for prompt in ("he is", "w3 w4 w5") for seed in range(4)]
+    whole = run(bridge, planted_sae, requests)
+    word = whole[0].text.split()[2]
+    stopped = run(bridge, planted_sae, requests, stop=[word, "never"])
+    assert stopped[0].text == whole[0].text[: whole[0].text.index(word)]
+    assert len(stopped[0].token_ids) < len(whole[0].token_ids)
+    for before, after in zip(whole, stopped, strict=True):
+        assert after.text == before.text.split(word)[0]
+        assert before.token_ids[: len(after.token_ids)] == after.token_ids
+    for stop in ("word", ["a", ""]):
+        with pytest.raises(ValueError, match="stop must be a list"):
+            run(bridge, planted_sae, requests, stop=stop)
+
+
 def test_a_large_vocabulary_is_sampled_exactly() -> None:
     logits = torch.randn(1, 262_144, generator=torch.Generator().manual_seed(0)).expand(40, -1)
     draws = torch.linspace(0, 0.9999, 40, dtype=torch.float64)
-    chosen = generation._choose(logits, torch.ones(40), draws)
+    chosen = choose(logits, sampling([1.0] * 40), draws)
     bounds = torch.cat([torch.zeros(1), logits[0].double().softmax(0).cumsum(0)])
     # A token has a probability of about 4e-6 here: a draw must land within a hundredth of one.
     assert (bounds[chosen] - 4e-8 <= draws).all() and (draws <= bounds[chosen + 1] + 4e-8).all()
@@ -339,7 +399,7 @@ def test_an_unsteered_text_has_the_same_likelihood_whether_it_is_read_off_while_
         Request(prompt, None, t, seed) for prompt in ("he is such a", "w3 w9") for t, seed in ((0, 0), (1.0, 4))
     ]
     for done in complete(model, planted_sae, requests, max_new_tokens=NEW, progress=False):
-        prompt = tuple(generation._prompt_tokens(model, planted_sae, done.request.prompt, NEW))
+        prompt = tuple(prompt_tokens(model, planted_sae, done.request.prompt, NEW))
         asked = continuation_nll(model, [(prompt, done.token_ids)])[0] if done.token_ids else None
         assert done.nll == pytest.approx(asked, abs=1e-5)
     silent = complete(model, planted_sae, requests, max_new_tokens=NEW, progress=False, with_nll=False)
@@ -353,7 +413,7 @@ def test_the_expected_next_token_is_the_mean_over_the_steered_distribution(model
     ]
     found = expected_next_token(model, planted_sae, requests, values, progress=False)
     for request, mean in zip(requests, found, strict=True):
-        tokens = torch.tensor([generation._prompt_tokens(model, planted_sae, request.prompt, 1)])
+        tokens = torch.tensor([prompt_tokens(model, planted_sae, request.prompt, 1)])
         with torch.inference_mode(), steering(model, planted_sae, request.plan) if request.plan else nullcontext():
             expected = model(tokens)[0, -1].float().softmax(-1) @ values
         assert mean == pytest.approx(float(expected), abs=1e-5)
