@@ -121,11 +121,11 @@ def write_texts(
         checked_hook(model, variant.dictionary)
         for plan in variant.plans:
             check_plan(plan, variant.dictionary, model)
-    if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
     bos = {bool(token_settings(variant.dictionary)["prepend_bos"]) for variant in variants}
     if len(bos) > 1:
         raise ValueError("some dictionaries begin texts with BOS and some do not: no unsteered text fits both")
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
     settings = {
         "model": model_sha256(model),
         "prepend_bos": bos.pop(),
