@@ -79,7 +79,9 @@ def test_a_planted_effect_and_its_cost_are_recovered_at_every_dose_and_on_both_h
         rows = response.main("v", part)
         assert [row.dose for row in rows] == list(DOSES)
         for row in rows:
-            assert row.masked == pytest.approx(row.dose, abs=0.02) and row.change == pytest.approx(2 * row.dose, abs=0.04)
+            assert row.masked == pytest.approx(row.dose, abs=0.02) and row.change == pytest.approx(
+                2 * row.dose, abs=0.04
+            )
             assert None not in (row.masked_low, row.masked_high, row.low, row.high)
             assert row.masked_low < row.masked < row.masked_high and row.low < row.change < row.high  # type: ignore[operator]
             assert row.perplexity_ratio == pytest.approx(math.exp(6 * row.dose**2))
@@ -102,7 +104,7 @@ def test_effects_are_those_of_a_plain_loop_where_texts_are_missing() -> None:
         mine = [one for one in rows if one.dose == row.dose and one.prompt in half]
         own = [one for one in mine if one.measure == "joy" and one.masked_change is not None]
         by_prompt = [
-            [one.masked_change for one in own if one.prompt == prompt]
+            [one.masked_change or 0.0 for one in own if one.prompt == prompt]
             for prompt in sorted(half)
             if any(one.prompt == prompt for one in own)
         ]
@@ -112,7 +114,7 @@ def test_effects_are_those_of_a_plain_loop_where_texts_are_missing() -> None:
         assert row.wrong_share == pytest.approx(np.mean([mean * row.dose < 0 for mean in means]))
         own = sorted(own, key=lambda one: (one.prompt, one.seed))
         interval = hierarchical_interval(
-            [one.masked_change for one in own],
+            [one.masked_change or 0.0 for one in own],
             prompts=[one.prompt for one in own],
             seeds=[one.seed for one in own],
             resamples=300,
@@ -128,7 +130,9 @@ def test_the_largest_effect_within_the_bounds_is_recommended_for_either_directio
     assert up.masked == pytest.approx(0.2, abs=0.02) and down.masked == pytest.approx(-0.2, abs=0.02)
     assert up.found and down.found and up.keeps_bounds and down.keeps_bounds
     assert (up.wrong_share, down.wrong_share) == (0.0, 0.0)
-    assert len(up.prompt_changes) == 10 and np.mean(up.prompt_changes) == pytest.approx(up.masked)
+    assert len(up.prompt_changes) == 10 and np.mean([one or 0.0 for one in up.prompt_changes]) == pytest.approx(
+        up.masked
+    )
     lenient = found(planted(linear), bounds=DoseBounds(2.0, 0.05))
     assert lenient.recommended("v").dose == 0.3
 
@@ -245,7 +249,12 @@ def test_intervals_are_corrected_over_the_emotions_the_clearest_first() -> None:
 def test_what_is_less_clear_than_something_not_found_is_not_found_either() -> None:
     def noisy(variant: str, size: float, seed: int) -> SweepScores:
         return planted(
-            lambda dose, prompt, own: size * dose, noise=1.0, variant=variant, emotion=variant, measure=variant, seed=seed
+            lambda dose, prompt, own: size * dose,
+            noise=1.0,
+            variant=variant,
+            emotion=variant,
+            measure=variant,
+            seed=seed,
         )
 
     response = found(together(*(noisy(f"e{n}", 0.3, n) for n in range(6))))
@@ -292,11 +301,11 @@ def test_the_mean_leaves_out_what_is_missing() -> None:
 
 def test_bad_questions_are_refused() -> None:
     scores = planted(linear)
-    with pytest.raises(ValueError, match="no variant is meant for 'anger' .*joy"):
+    with pytest.raises(ValueError, match=r"no variant is meant for 'anger' .*joy"):
         dose_response(scores, ["anger"])
-    with pytest.raises(ValueError, match="no judge 'nobody'.*words"):
+    with pytest.raises(ValueError, match=r"no judge 'nobody'.*words"):
         dose_response(scores, judge="nobody")
-    with pytest.raises(ValueError, match="no judge can tell 'surprise'|cannot tell 'surprise'"):
+    with pytest.raises(ValueError, match=r"no judge can tell 'surprise'|cannot tell 'surprise'"):
         dose_response(planted(linear, emotion="surprise"))
     with pytest.raises(ValueError, match="3 prompts are too few"):
         dose_response(planted(linear, prompts=PROMPTS[:3]))

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import JOY, make_sae
+import torch
+from conftest import JOY, JOY_TOKEN, make_sae
 
 from sae_emotion_plugin import SteeringPlan, steering_sweep
 from sae_emotion_plugin.feature_tokens import promoted_tokens
@@ -45,7 +46,9 @@ def share(text: str, kind: str) -> float:
     return sum(hits) / max(1, len(words))
 
 
-def written(model: Any, variants: Sequence[Variant], folder: Path | None = None, **options: Any) -> tuple[SweepText, ...]:
+def written(
+    model: Any, variants: Sequence[Variant], folder: Path | None = None, **options: Any
+) -> tuple[SweepText, ...]:
     settings = {"seeds": (0, 1), "max_new_tokens": 6, "progress": False, **options}
     return write_texts(model, variants, PROMPTS, folder=folder, **settings)
 
@@ -62,7 +65,7 @@ def test_every_text_is_the_one_its_plan_gives_alone_and_unsteered_ones_come_once
         ("", 0.0), ("feature 7", -0.5), ("feature 7", 0.5), ("feature 7", 1.5), ("feature 3", 1.0),
     ]  # fmt: skip
     plans = {(one.name, plan.amount): plan for one in variants for plan in one.plans}
-    for one in texts:
+    for one in texts[::2]:
         request = Request(one.prompt, plans.get((one.variant, one.dose)), 0.7, one.seed)
         (alone,) = complete(bridge, planted_sae, [request], max_new_tokens=6, progress=False)
         assert one.text == alone.text and one.degenerate == is_degenerate(alone.token_ids)
@@ -70,14 +73,19 @@ def test_every_text_is_the_one_its_plan_gives_alone_and_unsteered_ones_come_once
     assert len({one.text for one in texts}) > 12
 
 
-def test_steering_towards_a_planted_word_writes_it_at_a_price(bridge: Any, emotional_sae: Any) -> None:
-    one = variant(emotional_sae, doses=(-3.0, 3.0), emotion="joy")
+def test_steering_towards_a_planted_word_writes_it_at_a_price(bridge: Any) -> None:
+    sae = make_sae(hook_name="blocks.1.hook_resid_post")
+    with torch.no_grad():
+        sae.W_dec[JOY] = bridge.original_model.lm_head.weight[JOY_TOKEN]
+    one = variant(sae, doses=(-3.0, 3.0), emotion="joy")
     texts = written(bridge, [one], seeds=range(6), max_new_tokens=8)
     scores = score_texts(bridge, [one], texts, judges=[word_judge()])
     (mean,) = scores.curve("feature 7", "words", "joy", masked=False).means()
-    assert mean.effect > 0.1 and mean.perplexity_ratio > 1
+    assert mean.effect > 0.3 and mean.perplexity_ratio > 1.2
     (masked,) = scores.curve("feature 7", "words", "joy").means()
     assert masked.effect == 0  # the word itself is blanked, and nothing else is joyful
+    (away,) = scores.curve("feature 7", "words", "joy", masked=False, negative=True).means()
+    assert away.effect <= 0 and away.dose == 3
 
 
 def test_dictionaries_of_different_hooks_stand_in_one_sweep(bridge: Any, planted_sae: Any) -> None:
@@ -103,7 +111,8 @@ def test_one_plan_in_two_variants_is_carried_out_once(
     assert first == again
     monkeypatch.setattr(steering_sweep, "BATCH_ROWS", 12)
     asked.clear()
-    assert written(bridge, [variant(planted_sae)]) == texts[:24]
+    smaller = written(bridge, [variant(planted_sae)])
+    assert [one.text for one in smaller] == [one.text for one in texts[:24]]
     assert asked == [6, 12, 6]
 
 
@@ -190,7 +199,9 @@ def test_changes_are_those_done_by_hand_plain_and_masked(bridge: Any, planted_sa
     texts = written(bridge, variants)
     scores = score_texts(bridge, variants, texts, judges=[word_judge(), word_judge("joyless", ("fear",), False)])
     assert len(scores.rows) == 2 * 18 * 3 + 2 * 18
-    given, promoted = (emotion_mask(one) for one in (("w1", "w33"), promoted_tokens(bridge, planted_sae, [JOY], 50)[JOY]))
+    given, promoted = (
+        emotion_mask(one) for one in (("w1", "w33"), promoted_tokens(bridge, planted_sae, [JOY], 50)[JOY])
+    )
     base = {(one.prompt, one.seed): one for one in texts if not one.variant}
     of = {(one.variant, one.dose, one.prompt, one.seed): one for one in texts}
     for row in scores.rows:
@@ -246,11 +257,11 @@ def test_a_curve_leaves_out_what_cannot_be_judged_and_counts_it() -> None:
 
 def test_a_curve_that_there_is_not_is_refused_with_the_valid_names() -> None:
     scores = scores_of(row(0.1))
-    with pytest.raises(ValueError, match="no scores of the variant 'w' .*v"):
+    with pytest.raises(ValueError, match=r"no scores of the variant 'w' .*v"):
         scores.curve("w", "words", "joy")
-    with pytest.raises(ValueError, match="no scores of the judge 'x' .*words"):
+    with pytest.raises(ValueError, match=r"no scores of the judge 'x' .*words"):
         scores.curve("v", "x", "joy")
-    with pytest.raises(ValueError, match="no scores of the measure 'fear' .*joy"):
+    with pytest.raises(ValueError, match=r"no scores of the measure 'fear' .*joy"):
         scores.curve("v", "words", "fear")
     with pytest.raises(ValueError, match="no scored texts at a dose below 0"):
         scores.curve("v", "words", "joy", negative=True)
@@ -258,7 +269,7 @@ def test_a_curve_that_there_is_not_is_refused_with_the_valid_names() -> None:
         scores.curve("v", "words", "joy", prompts=["z"])
     with pytest.raises(ValueError, match="sign must be 1 or -1, got 2"):
         scores.curve("v", "words", "joy", sign=2)
-    with pytest.raises(ValueError, match="no scores of the variant 'v' .*none"):
+    with pytest.raises(ValueError, match=r"no scores of the variant 'v' .*none"):
         scores_of().curve("v", "words", "joy")
     mixed = scores_of(row(0.1), row(0.1, judge="other", measure="fear"))
     with pytest.raises(ValueError, match="'other' was not asked for 'joy'"):
@@ -299,7 +310,7 @@ def test_bad_variants_are_refused(planted_sae: Any) -> None:
         Variant("", planted_sae, (plan,))
     with pytest.raises(ValueError, match="'v' has no plans"):
         Variant("v", planted_sae, ())
-    with pytest.raises(ValueError, match="two plans of dose 0.5"):
+    with pytest.raises(ValueError, match=r"two plans of dose 0.5"):
         Variant("v", planted_sae, (plan, plan))
     with pytest.raises(ValueError, match="a plan of dose 0"):
         Variant("v", planted_sae, (plan.scaled(0),))
