@@ -121,11 +121,11 @@ def write_texts(
         checked_hook(model, variant.dictionary)
         for plan in variant.plans:
             check_plan(plan, variant.dictionary, model)
-    if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
     bos = {bool(token_settings(variant.dictionary)["prepend_bos"]) for variant in variants}
     if len(bos) > 1:
         raise ValueError("some dictionaries begin texts with BOS and some do not: no unsteered text fits both")
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
     settings = {
         "model": model_sha256(model),
         "prepend_bos": bos.pop(),
@@ -283,9 +283,14 @@ def _calls(variants: Sequence[Variant], together: int) -> Iterator[list[_Cell]]:
     What goes together does not depend on what is kept already: a matrix product of other rows may round otherwise, and
     a resumed run would then differ from an uninterrupted one.
     """
-    of_dictionary: dict[str, list[_Cell]] = {}
-    for cell in dict.fromkeys(_Cell(variant.dictionary, plan) for variant in variants for plan in variant.plans):
-        of_dictionary.setdefault(cell._identity["dictionary"], []).append(cell)
+    of_dictionary: dict[tuple[str, str], list[_Cell]] = {}
+    for variant in variants:
+        for plan in variant.plans:
+            cell = _Cell(variant.dictionary, plan)
+            # Dictionaries with the same weights may read other hooks.
+            own = of_dictionary.setdefault((dictionary_sha256(variant.dictionary), plan.hook_name), [])
+            if cell not in own:
+                own.append(cell)
     for cells in of_dictionary.values():
         yield from (cells[first : first + together] for first in range(0, len(cells), together))
 
