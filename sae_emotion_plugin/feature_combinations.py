@@ -391,7 +391,9 @@ def _effect_cells(row: CombinationEffect) -> tuple[str, ...]:
 
 
 def _cost_cells(row: CombinationAtCost) -> tuple[str, ...]:
-    effect = f"none: {row.effect.reason}" if row.effect.estimate is None else shown_interval(row.effect.interval)
+    found = row.effect
+    effect = f"none: {found.reason}" if found.estimate is None else f"{found.estimate:+.3f} ({found.reason})"
+    effect = shown_interval(found.interval) if found.interval else effect
     over = row.over_best
     more = f"{over.difference:+.3f} [{over.low:+.3f}, {over.high:+.3f}] than {row.best_alone}" if over else row.reason
     return _name(row.features), f"{row.temperature:g}", f"{row.judge} {row.measure}", effect, str(more)

@@ -28,7 +28,9 @@ UNEMBEDDED_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Repair:
-    """How much of what was taken away is still missing at a later hook: 1 is all of it, below 1 later layers put back.
+    """How much of what was taken away is missing at a later hook: 1 is all of it.
+
+    Below 1 later layers put some of it back; above 1 they took more of the same away, as layers do that amplify it.
 
     With d the change at the dictionary's hook and D the change at the later one, sum of D.d over sum of d.d, over the
     tokens of a prompt's unsteered texts; the mean over prompts. Earlier tokens' changes count in D too.

@@ -211,7 +211,10 @@ def test_sets_are_compared_with_their_best_feature_at_equal_cost(
     assert pair.effect.estimate == pytest.approx(0.075 + 3 * 0.075)
     assert pair.best_alone == 1 and pair.over_best is not None
     assert pair.over_best.difference == pytest.approx(0.3 - 0.45)
-    far = studied(bridge, orthogonal_sae, [0, 1], perplexity_ratio=2.0).at_cost[-1]
+    assert "-0.150 [-0.150, -0.150] than 1" in repr(study)
+    study = studied(bridge, orthogonal_sae, [0, 1], perplexity_ratio=2.0)
+    assert "none: 0 reaches a perplexity ratio of 1.22 only" in repr(study)
+    far = study.at_cost[-1]
     assert far.effect.estimate is None and far.over_best is None and far.reason == "no feature reaches the cost alone"
 
 
