@@ -215,6 +215,34 @@ def export(plan: Path, out: Path, form: str, force: bool, model: str | None, dic
     click.echo(json.dumps({"file": str(written)}) if as_json else f"written to {written}")
 
 
+@click.command()
+@click.argument("recipe", metavar="RECIPE")
+@click.option("--scores", type=click.Path(path_type=Path), help="scores.json instead of the recipe's features.")
+@click.option("--tokens", type=int, help="Tokens to generate, instead of the recipe's.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Also write the tables there, as JSON.")
+@json_option
+def study(recipe: str, scores: Path | None, tokens: int | None, out: Path | None, as_json: bool) -> None:
+    """Redo a published demonstration: one feature, two, three ..., greedy and sampled, beside the published lines.
+
+    RECIPE is blog-embedded, blog-gpt2 (needs a model hub), or a YAML file.
+    """
+    if out:
+        check_folder(out)
+
+    from dataclasses import replace
+
+    from sae_emotion_plugin.feature_scores import FeatureScores
+    from sae_emotion_plugin.steering_recipes import StudyRecipe, run_study
+
+    read = StudyRecipe.read(recipe)
+    tables = run_study(
+        replace(read, max_new_tokens=tokens) if tokens else read, scores=FeatureScores.load(scores) if scores else None
+    )
+    if out:
+        tables.save(out)
+    click.echo(json.dumps(tables.to_dict(), ensure_ascii=False) if as_json else repr(tables))
+
+
 def _plan(
     model: Any, sae: Any, amounts: dict[int, float], mode: Any, unit: Any, actual: str | None, where: dict[str, Any]
 ) -> "SteeringPlan":
@@ -255,11 +283,10 @@ def _sweep(
         raise ValueError("--sweep needs --emotion NAME: what the texts are judged for")
     check_folder(folder)
 
-    from sae_emotion_plugin.dose_study import sweep_study
-    from sae_emotion_plugin.emotion_texts import openings
+    from sae_emotion_plugin.dose_study import study_openings, sweep_study
 
-    prompts = openings("all")
-    study = sweep_study(
+    prompts = study_openings()
+    swept = sweep_study(
         model,
         sae,
         {emotion: features},
@@ -269,8 +296,8 @@ def _sweep(
         max_new_tokens=tokens,
         folder=folder,
     )
-    click.echo(json.dumps(study.response.to_dict(), ensure_ascii=False) if as_json else repr(study.response))
-    click.echo(f"The page is at {study.page}", err=True)
+    click.echo(json.dumps(swept.response.to_dict(), ensure_ascii=False) if as_json else repr(swept))
+    click.echo(f"The page is at {(folder / 'sweep.html').resolve()}", err=True)
 
 
 def _amount(text: str) -> tuple[int, float]:

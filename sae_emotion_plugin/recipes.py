@@ -108,10 +108,10 @@ class TrainingRecipe:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no readable YAML: {str(error).splitlines()[0]}") from error
-        recipe = _checked(cls, data, str(path))
+        recipe = checked_fields(cls, data, str(path))
         if not isinstance(recipe["texts"], list):
             raise ValueError(f"{path}: texts is {recipe['texts']!r} (valid: a list of files)")
-        texts = [_checked(TextSource, source, f"{path}, texts") for source in recipe["texts"]]
+        texts = [checked_fields(TextSource, source, f"{path}, texts") for source in recipe["texts"]]
         try:
             sources = tuple(TextSource(**source) for source in texts)
             return cls(**{**recipe, "texts": sources})
@@ -169,7 +169,7 @@ def _texts(path: Path, document_column: str | None) -> Iterator[tuple[str, str]]
         raise ValueError(f"{path.name} is no readable UTF-8 text: {error}") from error
 
 
-def _checked(kind: type, data: Any, where: str) -> dict[str, Any]:
+def checked_fields(kind: type, data: Any, where: str) -> dict[str, Any]:
     """The keys and values of `data`, which has those of the dataclass `kind`."""
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected keys and values, found {type(data).__name__}")

@@ -24,7 +24,7 @@ from sae_emotion_plugin.messages import first_line
 from sae_emotion_plugin.models import load_model, model_identity
 from sae_emotion_plugin.output_scores import EMOTION_WORDS, steering_order
 from sae_emotion_plugin.plugin import load_dictionary
-from sae_emotion_plugin.recipes import _checked
+from sae_emotion_plugin.recipes import checked_fields
 from sae_emotion_plugin.result_table import ResultTable
 from sae_emotion_plugin.sparse_codes import checked_hook, token_settings
 from sae_emotion_plugin.steering_plans import SteeringPlan, dictionary_sha256
@@ -113,7 +113,7 @@ class StudyRecipe:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no readable YAML: {first_line(error)}") from error
-        given = _checked(cls, data, str(path))
+        given = checked_fields(cls, data, str(path))
         try:
             kinds = {"prompts": str, "features": int, "temperatures": float, "seeds": int}
             lists: dict[str, Any] = {key: _listed(given[key], kind, key) for key, kind in kinds.items() if key in given}
@@ -297,7 +297,7 @@ def _published(lines: Any) -> tuple[PublishedLine, ...]:
         raise ValueError(f"published is {lines!r} (valid: a list of lines)")
     found = []
     for number, line in enumerate(lines, start=1):
-        given = _checked(PublishedLine, line, f"published, line {number}")
+        given = checked_fields(PublishedLine, line, f"published, line {number}")
         found.append(PublishedLine(**{**given, "features": _listed(given["features"], int, "published: features")}))
     return tuple(found)
 
