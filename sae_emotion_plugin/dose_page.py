@@ -1,6 +1,7 @@
 """A dose-response -> one self-contained HTML page: effect and cost by dose, the dose to take, and who else is moved."""
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from sae_emotion_plugin.report_views import hues
 
 SMALLEST_REACH = 0.05
 """Of the axis of effects: noise alone does not fill a chart."""
-LARGEST_RATIO = 20.0
+LARGEST_RATIO = 10.0
 WAYS: dict[Direction, str] = {"towards": "raise", "away": "lower"}
 
 
@@ -109,12 +110,17 @@ def _template() -> jinja2.Template:
 def _axes(rows: Sequence[DoseEffect], bounds: Mapping[str, float]) -> _Axes:
     ends = [finite(v) for row in rows for v in (row.change, row.masked, row.masked_low, row.masked_high)]
     effects = [v for v in ends if v is not None]
+    step = 0.1 if max(map(abs, effects), default=0.0) > 0.2 else SMALLEST_REACH
     ratios = [row.perplexity_ratio for row in rows if row.perplexity_ratio is not None]
     excess = [row.degenerate_excess for row in rows]
     doses = [row.dose for row in rows]
     return _Axes(
         dose=(min(0.0, *doses), max(0.0, *doses)),
-        effect=(min([-SMALLEST_REACH, *effects]) * 1.05, max([SMALLEST_REACH, *effects]) * 1.05),
+        # Whole steps, so that the ends have ticks.
+        effect=(
+            math.floor(min([-SMALLEST_REACH, *effects]) / step) * step,
+            math.ceil(max([SMALLEST_REACH, *effects]) / step) * step,
+        ),
         ratio=(
             max(0.1, min([0.8, *ratios])),
             min(LARGEST_RATIO, max([1.25 * bounds["perplexity_ratio"], *ratios]) * 1.1),
@@ -178,7 +184,11 @@ def _choice(response: DoseResponse, variant: str, way: Direction, reach: float) 
     main = response.recommended(variant, way)
     key = (variant, way)
     others = [one for one in response.chosen if (one.variant, one.direction) == key and one.judge != main.judge]
-    return {"main": main, "judges": others, "strip": _strip(main, reach) if main.prompt_changes else ""}
+    return {
+        "main": main,
+        "judges": others if main.dose is not None else [],
+        "strip": _strip(main, reach) if main.prompt_changes else "",
+    }
 
 
 def _strip(one: ChosenDose, reach: float) -> Markup:
@@ -196,7 +206,7 @@ def _strip(one: ChosenDose, reach: float) -> Markup:
 
 
 def _other_table(response: DoseResponse, variants: Sequence[str]) -> dict[str, Any]:
-    """What the recommended dose, or else the largest one within the bounds, does to every measure."""
+    """What each recommended dose does to every measure."""
     rows = []
     for variant in variants:
         chosen = response.recommended(variant)

@@ -190,7 +190,7 @@ def dose_response(
     return DoseResponse(meta, tuple(rows), tuple(chosen))
 
 
-_Chosen = tuple[ChosenDose, Float[np.ndarray, "prompt seed"]]
+_Chosen = tuple[ChosenDose, Float[np.ndarray, "_ _"]]
 """With the masked changes of the reported half; none of them where there is no dose."""
 
 

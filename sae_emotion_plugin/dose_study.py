@@ -57,7 +57,7 @@ def sweep_study(
     Args:
         features_by_emotion: the features share a dose equally.
         doses: of both signs, fractions of the mean residual norm that are added.
-        prompts: by default all bundled openings of the language.
+        prompts: by default `study_openings`.
         judges: by default all of the language.
         bounds: what a dose may cost to be recommended.
         residual_norm: by default measured on the prompts.
@@ -72,7 +72,7 @@ def sweep_study(
         if not features:
             raise ValueError(f"no features to steer {emotion!r} with")
     hook_name = checked_hook(model, sae)
-    texts = openings("all", language) if prompts is None else prompts
+    texts = study_openings(language) if prompts is None else prompts
     norm = residual_norm or mean_norm(model, texts, hook_name, **token_settings(sae))
     variants = [
         Variant(emotion, sae, shared_amounts(sae, features, doses, norm), emotion)
@@ -91,3 +91,12 @@ def sweep_study(
         response.save(Path(folder) / "sweep.json")
         write_dose_page(Path(folder) / "sweep.html", response)
     return SweepStudy(written, scores, response)
+
+
+def study_openings(language: str = "en") -> tuple[str, ...]:
+    """The bundled openings of a language, neutral and of every emotion alike: 100 in English.
+
+    The "unpleasant" ones are left out: they belong to no emotion, and lean to one side.
+    """
+    unpleasant = set(openings("unpleasant")) if language == "en" else set()
+    return tuple(text for text in openings("all", language) if text not in unpleasant)
