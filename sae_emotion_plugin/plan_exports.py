@@ -118,7 +118,8 @@ def export_gguf(plan: SteeringPlan, sae: Any, path: str | Path, *, model: Hooked
     buffer, `llama_adapter_cvec::apply` reads row il - 1 for block il, `build_cvec` adds it behind the block's last
     residual sum.) A direction behind the model's last block is ignored there without a word: give the `model` to have
     that noticed. llama.cpp reads neither `controlvector.model_hint` nor `controlvector.layer_count`; the latter is the
-    number of directions, as its own generator writes it. Its programs steer every token, BOS too.
+    number of directions, as its own generator writes it. Its programs steer BOS too, which can change a greedy text
+    (`benchmarks/control_vector.py`); calling `llama_set_adapter_cvec` once BOS has been read gives the plan's own.
 
     Raises:
         ValueError: as in `export_plan`; a hook that is no block's output, or block 0's.
