@@ -163,6 +163,9 @@ def monitor_quality(
 
 def _targets(texts: LabelledTexts, labels: Mapping[str, Sequence[str]]) -> Bool[np.ndarray, "text set"]:
     """Which texts have a label of each set. ValueError for labels that the texts lack."""
+    wanted = {label for names in labels.values() for label in names}
+    if unknown := sorted(wanted - {*texts.labels}):
+        raise ValueError(f"no text has the label {unknown[0]!r} (valid: {', '.join(texts.labels)})")
     return np.column_stack([texts.label_matrix(names).any(axis=1) for names in labels.values()])
 
 
