@@ -126,6 +126,8 @@ def monitor(
 ) -> Monitoring:
     """Returns the risk of each set on each text (one string, or several at once) and on each of its tokens.
 
+    The model is run as it is: within `steering` its steered activations are read, which show what was put there.
+
     Args:
         features: the sets, or their names; None: all that were calibrated.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import EMOTIONS, make_sae
+from conftest import EMOTIONS, JOY, make_sae
 from planted_codes import codes_of
 from scipy.stats import beta
 
@@ -298,18 +298,22 @@ def test_the_live_monitor_reads_what_the_monitor_reads(
         assert watch.above(risks) == found.fired()
 
 
-def test_the_live_monitor_reads_the_unsteered_model_even_from_within_steering(
-    bridge: Any, emotional_sae: Any, watch: LiveMonitor
-) -> None:
-    ids = ids_of(bridge, "he is such a w4")
+def test_the_live_monitor_reads_the_unsteered_model_even_from_within_steering(model: Any, planted_sae: Any) -> None:
+    limits = calibrate(model, planted_sae, [FeatureSet("joy", (JOY,))], neutral(220, 0), progress=False)
+    watch = live_monitor(model, planted_sae, ["joy"], limits)
+    ids = ids_of(model, "he is such a w4")
     plain = watch(ids)
-    plan = SteeringPlan(emotional_sae.cfg.metadata.hook_name, (Intervention(EMOTIONS["joy"], 50.0),), unit="raw")
-    with steering(bridge, emotional_sae, plan):
-        steered = bridge("he is such a")
+    (expected,) = monitor(model, planted_sae, "he is such a w4", None, limits).rows
+    assert plain["joy"] == pytest.approx(expected.risk, abs=1e-4)
+    plan = SteeringPlan(planted_sae.cfg.metadata.hook_name, (Intervention(JOY, 50.0),), unit="raw")
+    unsteered = model("he is such a")
+    with steering(model, planted_sae, plan):
+        steered = model("he is such a")
         assert watch(ids) == plain
-        assert (bridge("he is such a") == steered).all(), "the steering is as it was"
-    assert (bridge("he is such a") != steered).any()
-    assert watch(ids) == plain
+        assert (model("he is such a") == steered).all(), "the steering is as it was"
+        assert monitor(model, planted_sae, "he is such a w4", None, limits).rows[0].risk > plain["joy"] + 1
+    assert (steered != unsteered).any()
+    assert (model("he is such a") == unsteered).all()
 
 
 def test_a_prompt_is_context_and_does_not_fire_itself(bridge: Any, watch: LiveMonitor) -> None:
