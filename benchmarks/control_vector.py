@@ -3,7 +3,7 @@
     pip install llama-cpp-python==0.3.36      # builds llama.cpp from source: minutes, and a compiler
     python benchmarks/control_vector.py [--doses 0.03 0.06] [--prompts 8] [--tokens 20] [--gguf model-f32.gguf]
 
-The embedded model's GGUF is dequantised to float32, the weights that our generator has (1.2 GB; kept where `--gguf`
+The embedded model's GGUF is dequantised to float32, the weights that our generator has (1.1 GB; kept where `--gguf`
 says). llama.cpp gets float32 keys and values too, our tokens, and the control vector as read from the exported file.
 Greedy continuations of neutral openings, unsteered and with the three best features of an emotion, each at every dose:
 

@@ -90,13 +90,23 @@ def imported(path: Path) -> Any:
 # The vector
 
 
-@pytest.mark.parametrize("sae_name", ["planted_sae", "layer_norm_sae"])
-@pytest.mark.parametrize("unit", ["residual_norm", "raw"])
+@pytest.mark.parametrize(
+    ("sae_name", "unit"),
+    [
+        ("planted_sae", "residual_norm"),
+        ("planted_sae", "raw"),
+        ("planted_sae", "activation"),
+        ("planted_sae", "max_activation"),
+        ("layer_norm_sae", "residual_norm"),
+        ("layer_norm_sae", "raw"),
+    ],
+)
 def test_the_vector_is_what_steering_adds_to_every_token_but_bos(
-    bridge: Any, sae_name: str, unit: str, request: pytest.FixtureRequest
+    bridge: Any, sae_name: str, unit: Any, request: pytest.FixtureRequest
 ) -> None:
     sae = request.getfixturevalue(sae_name)
-    plan = plan_of(sae, unit=unit)
+    interventions = tuple(Intervention(feature, amount, max_activation=4.0) for feature, amount in AMOUNTS.items())
+    plan = SteeringPlan(HOOK, interventions, unit, residual_norm=3.0)
     hook = canonical_hook(bridge, HOOK)
     with torch.no_grad():
         before = bridge.run_with_cache(TOKENS)[1][hook]
@@ -104,11 +114,12 @@ def test_the_vector_is_what_steering_adds_to_every_token_but_bos(
             after = bridge.run_with_cache(TOKENS)[1][hook]
     vectors = plan_vectors(plan, sae)
     assert list(vectors) == [HOOK]
-    expected = vectors[HOOK].expand(3, 4, -1)
-    torch.testing.assert_close((after - before)[:, 1:], expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(
-        vectors[HOOK], summed(sae, {f: a * (3.0 if unit == "residual_norm" else 1.0) for f, a in AMOUNTS.items()})
-    )
+    torch.testing.assert_close((after - before)[:, 1:], vectors[HOOK].expand(3, 4, -1), atol=1e-5, rtol=1e-5)
+    if unit in ("residual_norm", "raw"):
+        norm = 3.0 if unit == "residual_norm" else 1.0
+        torch.testing.assert_close(
+            vectors[HOOK], summed(sae, {feature: amount * norm for feature, amount in AMOUNTS.items()})
+        )
 
 
 def test_amounts_in_activations_stretch_the_decoder_rows_as_they_are(planted_sae: Any) -> None:
@@ -260,20 +271,7 @@ def test_the_script_steers_a_plain_model_as_the_plan_does(
     bridge: Any, plain: Any, planted_sae: Any, at: tuple[str, ...], tmp_path: Path
 ) -> None:
     plan = plan_of(planted_sae, at=at)
-    expected = torch.zeros(())
-    if at == (HOOK, SECOND):
-        vectors = [(canonical_hook(bridge, hook), vector) for hook, vector in plan_vectors(plan, planted_sae).items()]
-
-        def adding(vector: Tensor) -> Any:
-            return lambda tensor, hook: torch.cat([tensor[:, :1], tensor[:, 1:] + vector], 1)
-
-        with torch.no_grad(), bridge.hooks(fwd_hooks=[(hook, adding(vector)) for hook, vector in vectors]):
-            expected = bridge(TOKENS)
-    elif at:
-        moved = SteeringPlan.of(AMOUNTS, sae := make_sae(hook_name=SECOND), residual_norm=3.0)
-        expected = steered_logits(bridge, sae, moved)
-    else:
-        expected = steered_logits(bridge, planted_sae, plan)
+    expected = steered_logits(bridge, planted_sae, plan)
     module = imported(export_plan(plan, planted_sae, tmp_path / "steer.py", "hook"))
     with torch.no_grad():
         before = plain(TOKENS).logits
@@ -382,9 +380,8 @@ def test_llama_cpp_reads_the_plan_s_vector_for_the_block_that_the_plan_steers(
     # Block il, counted from 0, adds row il - 1 to its output; llama.cpp steers BOS too.
     by_block = {f"layers.{row + 1}": torch.from_numpy(vector) for row, vector in enumerate(buffer)}
     assert list(by_block) == ["layers.1"]
-    sae = make_sae(hook_name=SECOND)
     everywhere = torch.ones_like(TOKENS, dtype=torch.bool)
-    expected = steered_logits(bridge, sae, SteeringPlan.of(AMOUNTS, sae, residual_norm=3.0), mask=everywhere)
+    expected = steered_logits(bridge, planted_sae, plan, mask=everywhere)
     with torch.no_grad(), adding_everywhere(plain, by_block):
         torch.testing.assert_close(plain(TOKENS).logits, expected, atol=1e-4, rtol=1e-4)
 
