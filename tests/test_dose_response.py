@@ -246,25 +246,36 @@ def test_intervals_are_corrected_over_the_emotions_the_clearest_first() -> None:
     assert first.low < wide.low and first.high > wide.high  # type: ignore[operator]
 
 
-def test_what_is_less_clear_than_something_not_found_is_not_found_either() -> None:
-    def noisy(variant: str, size: float, seed: int) -> SweepScores:
-        return planted(
-            lambda dose, prompt, own: size * dose,
-            noise=1.0,
-            variant=variant,
-            emotion=variant,
-            measure=variant,
-            seed=seed,
-        )
+def test_the_levels_fall_from_the_clearest_emotion_on() -> None:
+    def noisy(variant: str, seed: int) -> SweepScores:
+        return planted(linear, noise=1.0, variant=variant, emotion=variant, measure=variant, seed=seed)
 
-    response = found(together(*(noisy(f"e{n}", 0.3, n) for n in range(6))))
+    response = found(together(*(noisy(f"e{n}", n) for n in range(6))))
     chosen = [response.recommended(f"e{n}") for n in range(6)]
     levels = sorted((one.level for one in chosen if one.level is not None), reverse=True)
     m = len(levels)
-    assert levels == pytest.approx([1 - 0.05 / (m - rank) for rank in range(m)])
-    ordered = sorted((one for one in chosen if one.level is not None), key=lambda one: -one.level)  # type: ignore[operator]
-    verdicts = [one.found for one in ordered]
-    assert verdicts == sorted(verdicts, reverse=True) and not all(verdicts)
+    assert m > 2 and levels == pytest.approx([1 - 0.05 / (m - rank) for rank in range(m)])
+
+
+def test_what_is_less_clear_than_something_not_found_is_not_found_either() -> None:
+    spread = np.random.default_rng(3).normal(size=len(PROMPTS))
+
+    def shifted(shift: float, variant: str) -> SweepScores:
+        def effect(dose: float, prompt: str, seed: int) -> float:
+            return shift + float(spread[int(prompt[-2:])])
+
+        names: dict[str, Any] = {"variant": variant, "emotion": variant, "measure": variant}
+        return planted(effect, noise=0.0, doses=(0.1,), **names)
+
+    def alone(shift: float, level: float) -> bool:
+        return found(shifted(shift, "v"), level=level).recommended("v").found
+
+    shift = next(shift for shift in np.arange(0, 3, 0.02).tolist() if alone(shift, 0.95))
+    assert not alone(shift, 0.975)
+    both = found(together(shifted(shift, "v"), shifted(shift, "w")))
+    first, second = both.recommended("v"), both.recommended("w")
+    assert (first.level, second.level) == pytest.approx((0.975, 0.95))
+    assert second.low is not None and second.low > 0 and not first.found and not second.found
 
 
 def test_the_mean_of_judges_chooses_and_every_judge_reports() -> None:
