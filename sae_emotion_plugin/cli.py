@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from sae_emotion_plugin.cli_discovery import discover, features, layers, lens, roles
+from sae_emotion_plugin.cli_monitor import monitor
 from sae_emotion_plugin.cli_options import OneLineErrors, dictionary_option, json_option, model_option
 from sae_emotion_plugin.cli_registry import registry
 from sae_emotion_plugin.cli_steering import export, steer, study
@@ -154,7 +155,7 @@ def convert(checkpoint: Path, out: Path, hook_name: str | None, model_name: str 
     click.echo(json.dumps({"folder": str(folder)}) if as_json else f"written to {folder}")
 
 
-for command in (discover, export, features, layers, lens, registry, roles, steer, study):
+for command in (discover, export, features, layers, lens, monitor, registry, roles, steer, study):
     main.add_command(command)
 
 
