@@ -235,4 +235,4 @@ def test_texts_after_examples_are_those_of_the_longer_prompt_and_cost_what_they_
     anew = few_shot_texts(bridge, writing_sae, "few-shot/joy", examples, PROMPTS[:2], folder=tmp_path, **options)
     assert [one.text for one in anew] == [one.text for one in made]
     with pytest.raises(ValueError, match="from 1 to 2 examples"):
-        few_shot_texts(bridge, writing_sae, "x", examples, PROMPTS, **(options | {"counts": (3,)}))
+        few_shot_texts(bridge, writing_sae, "x", examples, PROMPTS, **{**options, "counts": (3,)})
