@@ -262,16 +262,20 @@ class Guard:
 
     watch: LiveMonitor
     action: SteeringPlan | Literal["stop"]
-    prompt_ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...] = ()
+    every: int = 1
+    """How many tokens are written between two looks."""
     risks: list[dict[str, float]] = field(default_factory=list)
-    """The risks after each written token."""
+    """The risks at each look."""
     fired: tuple[str, ...] = ()
     """The sets that made it act; empty as long as none did."""
     _written: list[int] = field(default_factory=list)
 
     def __call__(self, token: WrittenToken) -> SteeringPlan | Literal["stop"] | None:
-        """Returns the action at the first token with which a set fires, else None (go on as before)."""
+        """Returns the action the first time that a set is seen to fire, else None (go on as before)."""
         self._written.append(int(token.token_id))
+        if len(self._written) % self.every:
+            return None
         self.risks.append(self.watch((*self.prompt_ids, *self._written), context=len(self.prompt_ids)))
         above = self.watch.above(self.risks[-1])
         if self.fired or not above:
@@ -280,13 +284,16 @@ class Guard:
         return self.action
 
 
-def on_token(watch: LiveMonitor, action: SteeringPlan | Literal["stop"], *, prompt: str = "") -> Guard:
+def on_token(watch: LiveMonitor, action: SteeringPlan | Literal["stop"], *, prompt: str = "", every: int = 1) -> Guard:
     """Returns the callback of one generation: `"stop"` it, or go on with another plan, once a set of `watch` fires.
 
-    The tokens of `prompt` are the context in which the new ones are read, but do not fire themselves. ValueError for
-    any other action.
+    The tokens of `prompt` are the context in which the new ones are read, but do not fire themselves. Looking only at
+    `every` so many tokens costs that much less and stops that much later. ValueError for any other action, and for
+    `every` below 1.
     """
+    if every < 1:
+        raise ValueError(f"every is {every}; it must be at least 1 token")
     if isinstance(action, str) and action != "stop":
         raise ValueError(f"unknown action {action!r} (valid: 'stop', or a SteeringPlan)")
     ids = watch.model.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
-    return Guard(watch, action, tuple(ids))
+    return Guard(watch, action, tuple(ids), every)

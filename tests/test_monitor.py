@@ -339,6 +339,14 @@ def test_a_guard_hands_over_its_plan_once(bridge: Any, watch: LiveMonitor, emoti
     assert [guard(Token(token)) for token in ids_of(bridge, "w1 anger anger")] == [None, calm, None]
 
 
+def test_a_guard_may_look_at_every_second_token_only(bridge: Any, watch: LiveMonitor) -> None:
+    guard = on_token(watch, "stop", every=2)
+    assert [guard(Token(token)) for token in ids_of(bridge, "joy w1 w2 w3")] == [None, "stop", None, None]
+    assert len(guard.risks) == 2
+    with pytest.raises(ValueError, match="every is 0"):
+        on_token(watch, "stop", every=0)
+
+
 def test_what_cannot_be_watched_is_refused(watch: LiveMonitor) -> None:
     with pytest.raises(ValueError, match="no tokens to watch"):
         watch([])
