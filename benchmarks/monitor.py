@@ -22,9 +22,9 @@ from sae_emotion_plugin.emotion_texts import LabelledTexts, without_overlap
 from sae_emotion_plugin.feature_scores import FeatureScores
 from sae_emotion_plugin.feature_sets import emotion_sets, union
 from sae_emotion_plugin.models import cache_folder, load_model
-from sae_emotion_plugin.monitor import live_monitor
 from sae_emotion_plugin.monitor_quality import FEATURES, KEYWORDS, WORDS, monitor_quality
-from sae_emotion_plugin.monitor_thresholds import Thresholds, calibrate
+from sae_emotion_plugin.monitor_thresholds import Thresholds, calibrate_monitor
+from sae_emotion_plugin.monitoring import live_monitor
 from sae_emotion_plugin.plugin import DEFAULT_DICTIONARY, load_dictionary
 from sae_emotion_plugin.sparse_codes import encode_texts
 
@@ -82,7 +82,7 @@ def main() -> None:
 
     result: dict[str, Any] = {"dictionary": options.dictionary, "held_out": len(dev), "train": len(train)}
     for kind in ("neutral comments", "novels"):
-        thresholds = calibrate(model, sae, sets, neutral[kind], cache=cache)
+        thresholds = calibrate_monitor(model, sae, sets, neutral[kind], cache=cache)
         print(f"\ncalibrated on {kind}\n{thresholds}\nfalse positives on other kinds of text:")
         elsewhere = {other: thresholds.false_positives(codes[other]) for other in codes if other != kind}
         for other, rates in elsewhere.items():

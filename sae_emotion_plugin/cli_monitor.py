@@ -42,7 +42,7 @@ def monitor() -> None:
 @model_option
 @dictionary_option
 @json_option
-def calibrate(
+def calibrate_monitor(
     neutral: Path,
     out: Path,
     scores: Path | None,
@@ -83,7 +83,7 @@ def calibrate(
     texts = LabelledTexts.read(neutral, text_column=text_column, unlabelled=True).texts
 
     from sae_emotion_plugin.models import cache_folder, load_model
-    from sae_emotion_plugin.monitor_thresholds import calibrate as run
+    from sae_emotion_plugin.monitor_thresholds import calibrate_monitor as run
     from sae_emotion_plugin.plugin import load_dictionary
 
     made = run(
@@ -133,8 +133,8 @@ def check(
     more = LabelledTexts.read(path, text_column=text_column, unlabelled=True).texts if path else ()
 
     from sae_emotion_plugin.models import load_model
-    from sae_emotion_plugin.monitor import monitor as run
     from sae_emotion_plugin.monitor_thresholds import Thresholds
+    from sae_emotion_plugin.monitoring import monitor as run
     from sae_emotion_plugin.plugin import load_dictionary
 
     limits = Thresholds.load(thresholds).select(sets or None)

@@ -172,7 +172,7 @@ def binomial_rate(n: int, of: int) -> Rate:
     return Rate(n, of, n / of, float(interval.low), float(interval.high))
 
 
-def calibrate(
+def calibrate_monitor(
     model: HookedModel,
     sae: Any,
     sets: Sequence[FeatureSet],

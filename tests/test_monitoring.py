@@ -15,15 +15,15 @@ from scipy.stats import beta
 from sae_emotion_plugin.feature_scores import FeatureScore, FeatureScores
 from sae_emotion_plugin.feature_sets import FeatureSet, emotion_sets, read_feature_sets, union
 from sae_emotion_plugin.interventions import steering
-from sae_emotion_plugin.monitor import Guard, LiveMonitor, live_monitor, monitor, on_token
 from sae_emotion_plugin.monitor_thresholds import (
     SetThreshold,
     Thresholds,
     binomial_rate,
-    calibrate,
+    calibrate_monitor,
     conformal_threshold,
     pooled_risks,
 )
+from sae_emotion_plugin.monitoring import Guard, LiveMonitor, live_monitor, monitor, on_token
 from sae_emotion_plugin.sparse_codes import encode_texts
 from sae_emotion_plugin.steering_plans import Intervention, SteeringPlan
 
@@ -38,7 +38,7 @@ def neutral(n: int, seed: int, length: int = 6) -> list[str]:
 
 @pytest.fixture(scope="module")
 def thresholds(bridge: Any, emotional_sae: Any) -> Thresholds:
-    return calibrate(bridge, emotional_sae, [JOYFUL, HOSTILE], neutral(240, 0), progress=False)
+    return calibrate_monitor(bridge, emotional_sae, [JOYFUL, HOSTILE], neutral(240, 0), progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_calibrated_sets_fire_on_their_emotion_and_seldom_on_neutral_texts(
 def test_calibration_is_a_slow_loop_over_the_same_half_of_the_texts(bridge: Any, emotional_sae: Any) -> None:
     texts = neutral(240, 5)
     texts[10] = texts[11]
-    found = calibrate(bridge, emotional_sae, [HOSTILE], texts, pooling="mean", seed=3, progress=False)
+    found = calibrate_monitor(bridge, emotional_sae, [HOSTILE], texts, pooling="mean", seed=3, progress=False)
     codes = encode_texts(bridge, emotional_sae, texts, progress=False)
     matrices = [codes.matrix()[codes.text_index == text].toarray() for text in range(len(texts))]
     n = found.meta["n_texts"]
@@ -162,7 +162,7 @@ def test_scales_are_the_usual_activations_and_a_silent_feature_has_that_of_all(b
     silent = [int(f) for f in np.flatnonzero(~dense.any(axis=0))]
     busy = int(np.argmax((dense > 0).sum(axis=0)))
     sets = [FeatureSet("busy", (busy,)), *(FeatureSet("silent", (f,)) for f in silent[:1])]
-    found = calibrate(bridge, emotional_sae, sets, texts, progress=False)
+    found = calibrate_monitor(bridge, emotional_sae, sets, texts, progress=False)
     # Half of the texts: near, not equal.
     assert found.of("busy").scales[0] == pytest.approx(dense[:, busy][dense[:, busy] > 0].mean(), rel=0.1)
     if silent:
@@ -174,10 +174,10 @@ def test_scales_are_the_usual_activations_and_a_silent_feature_has_that_of_all(b
 def test_documents_and_near_duplicates_stay_on_one_side(bridge: Any, emotional_sae: Any) -> None:
     texts = neutral(30, 7) * 8
     with pytest.raises(ValueError, match="at least 2000 calibration texts, got 1"):
-        calibrate(bridge, emotional_sae, [JOYFUL], texts, false_positive_rate=0.0025, progress=False)
-    found = calibrate(bridge, emotional_sae, [JOYFUL], texts, progress=False)
+        calibrate_monitor(bridge, emotional_sae, [JOYFUL], texts, false_positive_rate=0.0025, progress=False)
+    found = calibrate_monitor(bridge, emotional_sae, [JOYFUL], texts, progress=False)
     assert found.meta["n_texts"]["check"] % 8 == 0
-    grouped = calibrate(
+    grouped = calibrate_monitor(
         bridge, emotional_sae, [JOYFUL], neutral(240, 8), groups=[n // 80 for n in range(240)], progress=False
     )
     assert grouped.meta["n_texts"]["check"] in (80, 160)
@@ -208,10 +208,10 @@ def test_a_calibration_that_would_mean_nothing_is_refused(
     sets, texts = given.pop("sets"), given.pop("neutral_texts")
     if options == {"pooling": "sum"}:  # beartype refuses the literal before we do
         with pytest.raises(Exception, match=named):
-            calibrate(bridge, emotional_sae, sets, texts, **given)
+            calibrate_monitor(bridge, emotional_sae, sets, texts, **given)
         return
     with pytest.raises(ValueError, match=named):
-        calibrate(bridge, emotional_sae, sets, texts, **given)
+        calibrate_monitor(bridge, emotional_sae, sets, texts, **given)
 
 
 def test_thresholds_come_back_from_their_file_and_flag_the_same(
@@ -299,7 +299,7 @@ def test_the_live_monitor_reads_what_the_monitor_reads(
 
 
 def test_the_live_monitor_reads_the_unsteered_model_even_from_within_steering(model: Any, planted_sae: Any) -> None:
-    limits = calibrate(model, planted_sae, [FeatureSet("joy", (JOY,))], neutral(220, 0), progress=False)
+    limits = calibrate_monitor(model, planted_sae, [FeatureSet("joy", (JOY,))], neutral(220, 0), progress=False)
     watch = live_monitor(model, planted_sae, ["joy"], limits)
     ids = ids_of(model, "he is such a w4")
     plain = watch(ids)
