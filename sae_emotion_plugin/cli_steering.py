@@ -104,14 +104,18 @@ def steer(
     usual one. For scale, ablate and project-out they are factors: 1 ablates all of a feature.
     """
     amounts = dict(_amount(text) for text in features)
-    if [bool(amounts), bool(emotion), bool(plan_file)].count(True) != 1:
-        raise ValueError("give either --feature N=AMOUNT (repeatable), --emotion NAME --scores FILE, or --plan FILE")
-    if emotion and scores is None:
-        raise ValueError(f"--emotion {emotion} needs --scores FILE (written by discover or quickstart)")
-    if sweep and (prompts or plan_file):
-        raise ValueError("--sweep has openings of its own: give it features or an emotion, no PROMPT and no --plan")
-    if not sweep and not prompts:
+    if sweep:
+        if prompts or plan_file or not emotion or bool(amounts) == bool(scores):
+            raise ValueError(
+                "--sweep needs --emotion NAME, with --scores FILE or --feature N=AMOUNT, and no PROMPT"
+            )
+        check_folder(sweep)
+    elif not prompts:
         raise ValueError("no PROMPT to continue (or --sweep FOLDER)")
+    elif [bool(amounts), bool(emotion), bool(plan_file)].count(True) != 1:
+        raise ValueError("give either --feature N=AMOUNT (repeatable), --emotion NAME --scores FILE, or --plan FILE")
+    elif emotion and scores is None:
+        raise ValueError(f"--emotion {emotion} needs --scores FILE (written by discover or quickstart)")
     if streamed and (len(prompts) != 1 or as_json):
         raise ValueError("--stream prints the text of one PROMPT, and no JSON")
     if save_plan:
@@ -130,15 +134,15 @@ def steer(
     given = SteeringPlan.load(plan_file) if plan_file else None
     sae = load_dictionary(dictionary)
     hooked = load_model(model)
-    if emotion:
+    if candidates:
         if rank == "causal":
             from sae_emotion_plugin.output_scores import steering_order
 
             candidates = steering_order(hooked, sae, candidates)
         best = candidates[:features_used]
         amounts = {row.feature: amount / len(best) for row in best}
-    if sweep:
-        _sweep(hooked, sae, emotion or "", list(amounts), sweep, openings, seeds, temperature or 0.7, tokens, as_json)
+    if sweep and emotion:
+        _sweep(hooked, sae, emotion, list(amounts), sweep, openings, seeds, temperature or 0.7, tokens, as_json)
         return
     if given is None:
         where = {"positions": positions, "first_tokens": first_tokens, "decay": decay, "keep_error": not no_error_term}
@@ -279,10 +283,6 @@ def _sweep(
     tokens: int,
     as_json: bool,
 ) -> None:
-    if not emotion:
-        raise ValueError("--sweep needs --emotion NAME: what the texts are judged for")
-    check_folder(folder)
-
     from sae_emotion_plugin.dose_study import study_openings, sweep_study
 
     prompts = study_openings()

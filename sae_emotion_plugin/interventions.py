@@ -211,10 +211,8 @@ class _Change:
 def _added(sae: Any, plan: SteeringPlan) -> tuple[Float[Tensor, " d_in"], Float[Tensor, " d_in"]]:
     """What the `add` interventions add: as it is, and what each token's own scale has to stretch."""
     adds = [one for one in plan.interventions if one.mode == "add"]
-    weights = torch.tensor([amount_of(plan, one) for one in adds])
-    directions = unit_directions(sae, [one.feature for one in adds])
+    features, nothing = [one.feature for one in adds], torch.zeros(sae.cfg.d_in)
+    weights, directions = torch.tensor([amount_of(plan, one) for one in adds]), unit_directions(sae, features)
     if plan.unit in ("activation", "max_activation"):
-        return torch.zeros(sae.cfg.d_in), (
-            weights * unit_lengths(sae, [one.feature for one in adds]).cpu()
-        ) @ directions
-    return weights @ directions, torch.zeros(sae.cfg.d_in)
+        return nothing, (weights * unit_lengths(sae, features).cpu()) @ directions
+    return weights @ directions, nothing
