@@ -12,6 +12,7 @@ from conftest import EMOTIONS, JOY, make_sae
 from planted_codes import codes_of
 from scipy.stats import beta
 
+from sae_emotion_plugin.decoding import Request
 from sae_emotion_plugin.feature_scores import FeatureScore, FeatureScores
 from sae_emotion_plugin.feature_sets import FeatureSet, emotion_sets, read_feature_sets, union
 from sae_emotion_plugin.interventions import steering
@@ -26,6 +27,7 @@ from sae_emotion_plugin.monitor_thresholds import (
 from sae_emotion_plugin.monitoring import Guard, LiveMonitor, live_monitor, monitor, on_token
 from sae_emotion_plugin.sparse_codes import encode_texts
 from sae_emotion_plugin.steering_plans import Intervention, SteeringPlan
+from sae_emotion_plugin.streaming import stream
 
 JOYFUL = FeatureSet("joy", (EMOTIONS["joy"],))
 HOSTILE = FeatureSet("hostility", (EMOTIONS["anger"], EMOTIONS["sadness"]), (1.0, 0.5))
@@ -398,3 +400,23 @@ def test_the_users_own_sets_are_json(tmp_path: Path) -> None:
         FeatureSet("a", (1, 2), (1.0,))
     with pytest.raises(ValueError, match="needs a name"):
         FeatureSet(" ", (1,))
+
+
+def test_a_guard_ends_a_stream_where_its_set_fires(bridge: Any, watch: LiveMonitor, emotional_sae: Any) -> None:
+    shortened = 0
+    for seed in range(12):
+        request = Request("he is", None, 3.0, seed)
+        whole = list(stream(bridge, emotional_sae, request, max_new_tokens=8))
+        guard = on_token(watch, "stop", prompt=request.prompt)
+        fires = [guard(token) == "stop" for token in whole]
+        shown = list(
+            stream(
+                *(bridge, emotional_sae, request),
+                max_new_tokens=8,
+                on_token=on_token(watch, "stop", prompt=request.prompt),
+            )
+        )
+        assert len(shown) == (fires.index(True) + 1 if any(fires) else len(whole))
+        assert [one.token_id for one in shown] == [one.token_id for one in whole[: len(shown)]]
+        shortened += len(shown) < len(whole)
+    assert 0 < shortened < 12
