@@ -106,9 +106,7 @@ def steer(
     amounts = dict(_amount(text) for text in features)
     if sweep:
         if prompts or plan_file or not emotion or bool(amounts) == bool(scores):
-            raise ValueError(
-                "--sweep needs --emotion NAME, with --scores FILE or --feature N=AMOUNT, and no PROMPT"
-            )
+            raise ValueError("--sweep needs --emotion NAME, with --scores FILE or --feature N=AMOUNT, and no PROMPT")
         check_folder(sweep)
     elif not prompts:
         raise ValueError("no PROMPT to continue (or --sweep FOLDER)")

@@ -10,6 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from sae_emotion_plugin import charts, discovery_charts
+from sae_emotion_plugin.absorption import Absorption
 from sae_emotion_plugin.charts import finite, number, share
 from sae_emotion_plugin.discovery_charts import RocCurve, auroc_domain, difference_domain, layer_chart
 from sae_emotion_plugin.evidence.calibration import TAIL_THRESHOLDS, Calibration, Tail
@@ -40,6 +41,7 @@ PARTS = {
     "methods": "baselines on the same texts",
     "rocs": "ROC curves",
     "specificity": "specificity",
+    "absorption": "where features are silent",
     "activations": "activation histograms",
     "examples": "top texts",
     "layers": "the layer scan",
@@ -47,6 +49,8 @@ PARTS = {
     "calibration": "the calibration of the tests",
     "margins": "margins over reference dictionaries",
 }
+SILENT_OFTEN = 0.1
+"""A feature that is silent in more of the texts than this is said to be."""
 LEVEL = 0.05
 """Below this q counts as found."""
 
@@ -63,6 +67,7 @@ class DiscoveryContent:
     rocs: Sequence[RocCurve] | None = None
     """Held-out curves of each emotion's best feature (method `latent`) and of some baselines."""
     specificity: Specificity | None = None
+    absorption: Absorption | None = None
     activations: Sequence[ScoreDistribution] | None = None
     examples: Sequence[HighlightedText] | None = None
     layers: LayerScan | None = None
@@ -118,7 +123,7 @@ def render(content: DiscoveryContent) -> str:
 def emotions_of(content: DiscoveryContent) -> tuple[str, ...]:
     """Every emotion on the page in order of first mention; the mean over emotions is none."""
     named = list(content.scores.emotions) if content.scores else []
-    for part in (content.specificity, content.methods, content.layers, content.margins):
+    for part in (content.specificity, content.absorption, content.methods, content.layers, content.margins):
         named += [row.emotion for row in (getattr(part, "rows", None) or getattr(part, "scores", None) or ())]
     for rows in (content.rocs, content.activations, content.examples):
         named += [row.emotion for row in rows or ()]
@@ -198,6 +203,15 @@ def facts(content: DiscoveryContent) -> list[Fact]:
         own = [row for row in rows if verdict(row.low, row.high) == "better"]
         text = f"{len(own)} of {len(rows)} best features read their own emotion better than every other emotion."
         found.append(Fact(text, len(own) == len(rows)))
+    if content.absorption:
+        silent = [row for row in content.absorption.rows if row.true_rate is not None]
+        often = [row.emotion for row in silent if (row.true_rate or 0) > SILENT_OFTEN]
+        if silent:
+            text = (
+                f"Where a dense probe is rightly sure, {len(often)} of {len(silent)} best features are silent in more "
+                f"than {share(SILENT_OFTEN)} of the texts{': ' + listed(often) if often else ''}."
+            )
+            found.append(Fact(text, not often))
     if content.margins:
         for reference in content.margins.references:
             row = content.margins.of(reference)

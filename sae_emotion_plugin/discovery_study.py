@@ -162,6 +162,7 @@ def study(
         methods=table,
         rocs=_curves(method_scores, labels, chosen) or None,
         specificity=specific,
+        absorption=absorbed,
         activations=score_distributions(scores, found.held_out_codes, found.held_out),
         examples=highlighted_texts(model, scores, found.held_out_codes, found.held_out, TEXTS_SHOWN),
         layers=layers,

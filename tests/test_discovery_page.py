@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from test_report import HOSTILE, LENS, Page, highlighted_texts
 
+from sae_emotion_plugin.absorption import Absorber, Absorption, AbsorptionRow
 from sae_emotion_plugin.discovery_charts import RocCurve
 from sae_emotion_plugin.discovery_page import (
     PARTS,
@@ -171,6 +172,18 @@ def fake_margins() -> ReferenceMargins:
     return ReferenceMargins({"level": 0.95, "n_groups": 4000}, tuple(rows))
 
 
+def fake_absorption() -> Absorption:
+    rows = [
+        AbsorptionRow(
+            emotion, 100 + number, 0.7, 40, 0.85, 0.1 * number, 0.01, 0.5, 34, 0.08 * number, 0.02, 0.4, (1, 2),
+            (Absorber(3000 + number, 0.9, 0.61, 0.03),) if number else (),
+        )
+        for number, emotion in enumerate(EMOTIONS[:3])
+    ]  # fmt: skip
+    silent = AbsorptionRow(EMOTIONS[3], 103, None, 0, None, None, None, None, 0, None, None, None, (), ())
+    return Absorption({"precision": 0.8, "level": 0.95}, (*rows, silent))
+
+
 def fake_content() -> DiscoveryContent:
     """A whole discovery's worth of made-up numbers; also what the page is looked at with."""
     chance = random.Random(0)
@@ -190,6 +203,7 @@ def fake_content() -> DiscoveryContent:
         methods=fake_methods(chance),
         rocs=fake_rocs(),
         specificity=fake_specificity(chance),
+        absorption=fake_absorption(),
         activations=activations,
         examples=highlighted_texts(),
         layers=fake_layers(),
@@ -224,6 +238,7 @@ def hostile_content() -> DiscoveryContent:
     """Every string a caller can give is hostile, every number missing where it may be."""
     bad, nan = HOSTILE + "</text></svg></td></table>", math.nan
     own = score(bad, 1, nan, held_out_auroc=None, promotes=(bad, "", "\n"), suppresses=(bad,), q=nan, q_above=None)
+    absorber = Absorber(1, nan, nan, nan)
     row = SpecificityRow(bad, 1, nan, bad, nan, nan, nan, nan, None, None, 0, nan, 0)
     layer = LayerScore(0, bad, bad, bad, nan, nan, nan, None, None)
     one = np.full((1, 1), nan)
@@ -241,6 +256,7 @@ def hostile_content() -> DiscoveryContent:
         ),
         [RocCurve(bad, bad, np.array([[0.0, 0.0], [1.0, 1.0]]), None)],
         Specificity({}, (row,), one),
+        Absorption({}, (AbsorptionRow(bad, 1, nan, 1, nan, nan, nan, nan, 1, nan, nan, nan, (1,), (absorber,)),)),
         [ScoreDistribution(bad, 1, [nan], [])],
         [HighlightedText(bad, 1, bad, [bad, " ", ""], [1.0, nan, None])],
         LayerScan({}, (layer,)),
@@ -404,3 +420,19 @@ def test_the_page_is_written_whole_and_is_the_same_each_time(tmp_path: Path):
 
 if __name__ == "__main__":
     print(write_discovery_page(Path(sys.argv[1]), fake_content()))
+
+
+def test_silent_features_are_named_with_what_fires_instead(content: DiscoveryContent, page: Page) -> None:
+    assert "3 of 3" not in page.prose
+    assert f"1 of 3 best features are silent in more than 10 % of the texts: {EMOTIONS[2]}." in page.prose.replace(
+        "\u00a0", " "
+    )
+    assert "3002" in page.prose and "61 % / 3 %" in page.prose.replace("\u00a0", " ")
+    (fact,) = [one for one in facts(replace(content, methods=None)) if "silent" in one.text]
+    assert fact.good is False
+    assert content.absorption
+    never = [replace(row, true_rate=0.0) for row in content.absorption.rows[:2]]
+    (fact,) = [
+        one for one in facts(DiscoveryContent("t", absorption=Absorption({}, tuple(never)))) if "silent" in one.text
+    ]
+    assert fact.good is True and "0 of 2" in fact.text
