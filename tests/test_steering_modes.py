@@ -274,8 +274,8 @@ def test_a_plan_of_another_dictionary_or_model_is_refused_unless_unbound(
 
 def test_a_plan_with_everything_survives_its_file(tmp_path: Any, planted_sae: Any) -> None:
     interventions = (Intervention(3, 0.5, "add", 2.0), Intervention(9, 1, "add", 4.0))
-    bound = {"dictionary": dictionary_sha256(planted_sae), "model": "m"}
-    where = {"at": (HOOK,), "positions": "2:", "first_tokens": 4, "decay": 0.9, "gate": Gate(7, 0.5)}
+    bound: dict[str, Any] = {"dictionary": dictionary_sha256(planted_sae), "model": "m"}
+    where: dict[str, Any] = {"at": (HOOK,), "positions": "2:", "first_tokens": 4, "decay": 0.9, "gate": Gate(7, 0.5)}
     plan = SteeringPlan(HOOK, interventions, "max_activation", **where, **bound)
     assert SteeringPlan.load(plan.save(tmp_path / "plan.json")) == plan
     old = {"hook_name": HOOK, "interventions": [{"feature": 3, "amount": 1}], "unit": "raw"}
