@@ -1,5 +1,6 @@
 """Tiny random models and a planted dictionary for all tests; nothing is downloaded."""
 
+import os
 import warnings
 from typing import Any
 
@@ -57,6 +58,13 @@ GENERATION = Generation(
     baseline_degenerate=False,
 )
 """A steered continuation beside its baseline; tests change what they are about."""
+
+
+def pytest_configure() -> None:
+    """One thread for each of several processes: more would wait for each other. What they start inherits it."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
