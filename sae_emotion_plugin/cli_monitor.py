@@ -42,7 +42,7 @@ def monitor() -> None:
 @model_option
 @dictionary_option
 @json_option
-def calibrate_monitor(
+def calibrate(
     neutral: Path,
     out: Path,
     scores: Path | None,
