@@ -2,7 +2,9 @@
 
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ with warnings.catch_warnings():
     import sae_lens
     import torch
     import transformer_lens
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
     from sae_lens.saes.sae import SAEMetadata
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
@@ -71,6 +75,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: with several processes a long one must not begin when the others are done."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture
+def sae_lens_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """SAELens's tables and directory as the test found them, offline."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with (
+        patch.dict(loaders.NAMED_PRETRAINED_SAE_LOADERS),
+        patch.dict(loaders.NAMED_PRETRAINED_SAE_CONFIG_GETTERS),
+        patch.dict(get_pretrained_saes_directory()),
+    ):
+        yield
 
 
 @pytest.fixture(scope="session")

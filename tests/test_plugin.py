@@ -5,7 +5,6 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -31,16 +30,7 @@ RELEASE, SAE_ID = "tiny-emotion", "blocks.1.hook_resid_post"
 D_IN, D_SAE = 6, 20
 
 
-@pytest.fixture(autouse=True)
-def sae_lens_as_before(monkeypatch):
-    """SAELens's tables and directory as each test found them, offline."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with (
-        patch.dict(loaders.NAMED_PRETRAINED_SAE_LOADERS),
-        patch.dict(loaders.NAMED_PRETRAINED_SAE_CONFIG_GETTERS),
-        patch.dict(get_pretrained_saes_directory()),
-    ):
-        yield
+pytestmark = pytest.mark.usefixtures("sae_lens_as_before")
 
 
 @pytest.fixture

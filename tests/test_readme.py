@@ -60,6 +60,7 @@ def test_the_python_examples_import_only_public_names() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("sae_lens_as_before")
 def test_the_five_minute_tour_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
     tour = TEXT.split("## Five minutes in Python")[1]
     first, second = re.findall(r"```python\n(.*?)```", tour, re.DOTALL)[:2]
