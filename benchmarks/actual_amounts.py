@@ -88,8 +88,8 @@ def main() -> None:
                 print(f"{emotion}, {judge.name} {measure}, norm {length}: actual - equal {shown_interval(at_norm)}")
                 if at_norm:
                     differences.append({"emotion": emotion, "judge": judge.name, "norm": length, **at_norm.to_dict()})
-            curves = [found.curve(name, judge.name, measure, sign=sign) for name in names]
-            at_cost = compare_at_cost(*curves, RATIO, margin=0.02, seed=0)
+            actual, equal = (found.curve(name, judge.name, measure, sign=sign) for name in names)
+            at_cost = compare_at_cost(actual, equal, RATIO, margin=0.02, seed=0)
             print(f"{emotion}, {judge.name} {measure}, at perplexity x{RATIO}: {at_cost!r}".splitlines()[-1])
     clear = [one for one in differences if one["low"] > 0 or one["high"] < 0]
     mean = float(np.mean([one["mean"] for one in differences]))

@@ -34,7 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     model, sae = load_model("embedded"), load_dictionary(options.dictionary)
     folder = model.original_model.config._name_or_path
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     found: dict[str, Any] = {"slowdown": {}, "over_transformers": {}, "tokens_per_second": {}}
     for batch in options.batches:

@@ -247,7 +247,7 @@ def test_only_the_likeliest_tokens_are_drawn_as_transformers_has_it(
     warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
     expected = logits
     for warper in warpers:
-        expected = warper(torch.zeros(1, 0, dtype=torch.int64), expected)
+        expected = warper(torch.LongTensor(1, 0), torch.FloatTensor(expected))
     draws = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
     drawn = choose(logits.expand(400, -1), sampling([temperature] * 400, top_k, top_p), draws)
     counts = torch.bincount(drawn, minlength=50)

@@ -146,8 +146,9 @@ def test_p_values_are_corrected_over_the_emotions_of_one_judge_and_method() -> N
     measures = {("words", emotion): ("joy", 1) for emotion in slopes}
     found = method_effects(SweepScores({}, tuple(rows)), tried, measures, reference="features", resamples=200)
     p = np.array([row.p for row in found.rows])
-    np.testing.assert_allclose([row.p_holm for row in found.rows], holm(p))
-    assert (np.array([row.p_holm for row in found.rows]) >= p).all()
+    corrected = np.array([row.p_holm for row in found.rows], dtype=float)
+    np.testing.assert_allclose(corrected, holm(p))
+    assert (corrected >= p).all()
 
 
 def test_a_dose_at_which_all_texts_are_empty_is_left_out_and_a_variant_of_such_doses_too(
