@@ -17,19 +17,19 @@ from typing import Any
 import numpy as np
 
 from sae_emotion_plugin.activations import mean_norm
+from sae_emotion_plugin.discovery.emotion_features import discover
+from sae_emotion_plugin.discovery.scores import FeatureScores
 from sae_emotion_plugin.dose_study import study_openings
-from sae_emotion_plugin.emotion_features import discover
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.evidence.equal_cost import compare_at_cost
-from sae_emotion_plugin.feature_combinations import set_plans, summed_length
-from sae_emotion_plugin.feature_scores import FeatureScores
+from sae_emotion_plugin.feature_roles.output_scores import steering_order
 from sae_emotion_plugin.judges.names import judges_for
 from sae_emotion_plugin.models import load_model
-from sae_emotion_plugin.output_scores import steering_order
-from sae_emotion_plugin.paired_changes import changes_of, contrast, measures_of, shown_interval
 from sae_emotion_plugin.plugin import DEFAULT_DICTIONARY, load_dictionary
 from sae_emotion_plugin.sparse_codes import encode_texts, token_settings
-from sae_emotion_plugin.steering_sweep import Variant, score_texts, write_texts
+from sae_emotion_plugin.steering_studies.combinations import set_plans, summed_length
+from sae_emotion_plugin.steering_studies.paired_changes import changes_of, contrast, measures_of, shown_interval
+from sae_emotion_plugin.steering_studies.sweep import Variant, score_texts, write_texts
 
 NORMS = (0.06, 0.1, 0.16)
 RATIO = 1.3

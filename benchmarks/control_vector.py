@@ -32,13 +32,13 @@ from jaxtyping import Float
 
 from sae_emotion_plugin.activations import mean_norm
 from sae_emotion_plugin.emotion_texts import LabelledTexts, openings
-from sae_emotion_plugin.generation import Request, complete
-from sae_emotion_plugin.interventions import steering
+from sae_emotion_plugin.generation.continuations import Request, complete
+from sae_emotion_plugin.interventions.exports import export_plan
+from sae_emotion_plugin.interventions.hooks import steering
+from sae_emotion_plugin.interventions.plans import SteeringPlan
 from sae_emotion_plugin.models import load_model
-from sae_emotion_plugin.plan_exports import export_plan
 from sae_emotion_plugin.plugin import load_dictionary
 from sae_emotion_plugin.sparse_codes import encode_texts
-from sae_emotion_plugin.steering_plans import SteeringPlan
 from sae_emotion_plugin.tables import text_table
 from sae_emotion_plugin.text_costs import is_degenerate
 
@@ -119,7 +119,7 @@ def compare(options: argparse.Namespace, model_file: Path, folder: Path) -> None
 
 
 def best_features(model: Any, sae: Any, texts: LabelledTexts, emotion: str) -> list[int]:
-    from sae_emotion_plugin.discovery import score_features
+    from sae_emotion_plugin.discovery.scoring import score_features
 
     scores = score_features(encode_texts(model, sae, texts, progress=False), texts)
     return [row.feature for row in scores.top(emotion, 3)]

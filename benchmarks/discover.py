@@ -23,7 +23,7 @@ from scipy.stats import rankdata
 from tqdm.auto import tqdm
 
 from sae_emotion_plugin.activations import canonical_hook
-from sae_emotion_plugin.emotion_features import discover
+from sae_emotion_plugin.discovery.emotion_features import discover
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.evidence.association import FEWEST_POSITIVES, sparse_auroc
 from sae_emotion_plugin.models import load_model

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sae_emotion_plugin.decoding import Request
 from sae_emotion_plugin.emotion_texts import openings
-from sae_emotion_plugin.generation import complete
+from sae_emotion_plugin.generation.continuations import complete
+from sae_emotion_plugin.generation.decoding import Request
+from sae_emotion_plugin.interventions.plans import SteeringPlan
 from sae_emotion_plugin.models import load_model
 from sae_emotion_plugin.plugin import DEFAULT_DICTIONARY, load_dictionary
-from sae_emotion_plugin.steering_plans import SteeringPlan
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from sae_emotion_plugin.discovery.tokens import promoted_tokens
 from sae_emotion_plugin.evidence.resampling import Interval
-from sae_emotion_plugin.feature_tokens import promoted_tokens
-from sae_emotion_plugin.generations import Generation, Generations
+from sae_emotion_plugin.generation.records import Generation, Generations
 from sae_emotion_plugin.judges.judge import Judge
 from sae_emotion_plugin.judges.masking import emotion_mask, masked_change
 from sae_emotion_plugin.judges.names import judges_for

@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from sae_emotion_plugin.discovery.scores import FeatureScores
 from sae_emotion_plugin.emotion_texts import LabelledTexts, without_overlap
-from sae_emotion_plugin.feature_scores import FeatureScores
-from sae_emotion_plugin.feature_sets import emotion_sets, union
 from sae_emotion_plugin.models import cache_folder, load_model
-from sae_emotion_plugin.monitor_quality import FEATURES, KEYWORDS, WORDS, monitor_quality
-from sae_emotion_plugin.monitor_thresholds import Thresholds, calibrate_monitor
-from sae_emotion_plugin.monitoring import live_monitor
+from sae_emotion_plugin.monitoring.feature_sets import emotion_sets, union
+from sae_emotion_plugin.monitoring.monitor import live_monitor
+from sae_emotion_plugin.monitoring.quality import FEATURES, KEYWORDS, WORDS, monitor_quality
+from sae_emotion_plugin.monitoring.thresholds import Thresholds, calibrate_monitor
 from sae_emotion_plugin.plugin import DEFAULT_DICTIONARY, load_dictionary
 from sae_emotion_plugin.sparse_codes import encode_texts
 

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
+from sae_emotion_plugin.discovery.reference_margins import reference_margins
 from sae_emotion_plugin.emotion_texts import LabelledTexts, without_overlap
 from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.models import load_model
 from sae_emotion_plugin.recipes import TextSource, TrainingRecipe
-from sae_emotion_plugin.reference_margins import reference_margins
 from sae_emotion_plugin.reference_saes import encode_references, train_references
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "embedded-gemma.yaml"

@@ -15,18 +15,18 @@ import time
 from pathlib import Path
 
 from sae_emotion_plugin.activations import mean_norm
+from sae_emotion_plugin.discovery.scores import FeatureScores
 from sae_emotion_plugin.emotion_texts import LabelledTexts, openings
-from sae_emotion_plugin.feature_scores import FeatureScores
+from sae_emotion_plugin.feature_roles.output_scores import AMOUNT, CAUSAL_AMOUNT, output_scores
 from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.judges.names import load_judge
 from sae_emotion_plugin.judges.sentence import has_encoder
 from sae_emotion_plugin.models import load_model
-from sae_emotion_plugin.output_scores import AMOUNT, CAUSAL_AMOUNT, output_scores
 from sae_emotion_plugin.plugin import load_dictionary
 from sae_emotion_plugin.sparse_codes import token_settings
-from sae_emotion_plugin.steering_prediction import spread_features, steering_prediction
-from sae_emotion_plugin.steering_success import AMOUNT as STEERING_AMOUNT
-from sae_emotion_plugin.steering_success import steering_success
+from sae_emotion_plugin.steering_studies.prediction import spread_features, steering_prediction
+from sae_emotion_plugin.steering_studies.success import AMOUNT as STEERING_AMOUNT
+from sae_emotion_plugin.steering_studies.success import steering_success
 
 
 def main() -> None:

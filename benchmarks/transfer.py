@@ -16,19 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from sae_emotion_plugin.discovery import score_features
+from sae_emotion_plugin.discovery.keywords import emotion_keywords
+from sae_emotion_plugin.discovery.method_comparison import compare_methods
+from sae_emotion_plugin.discovery.rating_correlations import rating_correlations
+from sae_emotion_plugin.discovery.scores import FeatureScores
+from sae_emotion_plugin.discovery.scoring import score_features
+from sae_emotion_plugin.discovery.transfer import GOEMOTIONS_TO_KOTE, GOEMOTIONS_TO_XED, merged_labels, transfer
 from sae_emotion_plugin.discovery_study import DENSE_POOLINGS
 from sae_emotion_plugin.emotion_texts import LabelledTexts, without_overlap
-from sae_emotion_plugin.feature_scores import FeatureScores
-from sae_emotion_plugin.keywords import emotion_keywords
-from sae_emotion_plugin.method_comparison import compare_methods
 from sae_emotion_plugin.models import cache_folder, load_model
 from sae_emotion_plugin.plugin import DEFAULT_DICTIONARY, load_dictionary
 from sae_emotion_plugin.pooled_activations import pooled_activations
-from sae_emotion_plugin.rating_correlations import rating_correlations
 from sae_emotion_plugin.sparse_codes import SparseCodes, encode_texts, token_settings
 from sae_emotion_plugin.text_rows import file_rows
-from sae_emotion_plugin.transfer import GOEMOTIONS_TO_KOTE, GOEMOTIONS_TO_XED, merged_labels, transfer
 
 SHARED = ("anger", "disgust", "fear", "joy", "sadness", "surprise")
 

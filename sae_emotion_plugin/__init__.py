@@ -8,77 +8,77 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sae_emotion_plugin.activations import mean_norm as mean_norm
-    from sae_emotion_plugin.discovery import choose_pooling as choose_pooling
-    from sae_emotion_plugin.discovery import score_features as score_features
+    from sae_emotion_plugin.discovery.emotion_features import discover as discover
+    from sae_emotion_plugin.discovery.keywords import emotion_keywords as emotion_keywords
+    from sae_emotion_plugin.discovery.layer_scan import scan_layers as scan_layers
+    from sae_emotion_plugin.discovery.method_comparison import compare_methods as compare_methods
+    from sae_emotion_plugin.discovery.scores import FeatureScores as FeatureScores
+    from sae_emotion_plugin.discovery.scoring import choose_pooling as choose_pooling
+    from sae_emotion_plugin.discovery.scoring import score_features as score_features
     from sae_emotion_plugin.discovery_study import study as study
     from sae_emotion_plugin.dose_study import sweep_study as sweep_study
-    from sae_emotion_plugin.emotion_features import discover as discover
     from sae_emotion_plugin.emotion_texts import LabelledTexts as LabelledTexts
     from sae_emotion_plugin.evaluation import evaluate as evaluate
-    from sae_emotion_plugin.feature_combinations import study_combinations as study_combinations
-    from sae_emotion_plugin.feature_scores import FeatureScores as FeatureScores
-    from sae_emotion_plugin.feature_sets import emotion_sets as emotion_sets
-    from sae_emotion_plugin.generation import generate as generate
-    from sae_emotion_plugin.generations import Generations as Generations
-    from sae_emotion_plugin.interventions import actual_plan as actual_plan
-    from sae_emotion_plugin.interventions import steering as steering
-    from sae_emotion_plugin.keywords import emotion_keywords as emotion_keywords
-    from sae_emotion_plugin.layer_scan import scan_layers as scan_layers
-    from sae_emotion_plugin.method_comparison import compare_methods as compare_methods
+    from sae_emotion_plugin.generation.continuations import generate as generate
+    from sae_emotion_plugin.generation.records import Generations as Generations
+    from sae_emotion_plugin.generation.streaming import stream as stream
+    from sae_emotion_plugin.interventions.exports import export_plan as export_plan
+    from sae_emotion_plugin.interventions.hooks import actual_plan as actual_plan
+    from sae_emotion_plugin.interventions.hooks import steering as steering
+    from sae_emotion_plugin.interventions.plans import SteeringPlan as SteeringPlan
     from sae_emotion_plugin.models import load_model as load_model
-    from sae_emotion_plugin.monitor_thresholds import calibrate_monitor as calibrate_monitor
-    from sae_emotion_plugin.monitoring import live_monitor as live_monitor
-    from sae_emotion_plugin.monitoring import monitor as monitor
+    from sae_emotion_plugin.monitoring.feature_sets import emotion_sets as emotion_sets
+    from sae_emotion_plugin.monitoring.monitor import live_monitor as live_monitor
+    from sae_emotion_plugin.monitoring.monitor import monitor as monitor
+    from sae_emotion_plugin.monitoring.thresholds import calibrate_monitor as calibrate_monitor
     from sae_emotion_plugin.openai_format import load_openai_checkpoint as load_openai_checkpoint
     from sae_emotion_plugin.openai_format import openai_disk_loader as openai_disk_loader
-    from sae_emotion_plugin.plan_exports import export_plan as export_plan
     from sae_emotion_plugin.plugin import load_dictionary as load_dictionary
     from sae_emotion_plugin.plugin import register as register
     from sae_emotion_plugin.recipes import TrainingRecipe as TrainingRecipe
     from sae_emotion_plugin.sparse_codes import SparseCodes as SparseCodes
     from sae_emotion_plugin.sparse_codes import encode_texts as encode_texts
     from sae_emotion_plugin.sparse_codes import open_codes as open_codes
-    from sae_emotion_plugin.steering_methods import compare_steering as compare_steering
-    from sae_emotion_plugin.steering_plans import SteeringPlan as SteeringPlan
-    from sae_emotion_plugin.streaming import stream as stream
+    from sae_emotion_plugin.steering_studies.combinations import study_combinations as study_combinations
+    from sae_emotion_plugin.steering_studies.methods import compare_steering as compare_steering
     from sae_emotion_plugin.text_lens import logit_lens as logit_lens
     from sae_emotion_plugin.training import train as train
 
 _HOMES = {
-    "FeatureScores": "feature_scores",
-    "Generations": "generations",
+    "FeatureScores": "discovery.scores",
+    "Generations": "generation.records",
     "LabelledTexts": "emotion_texts",
     "SparseCodes": "sparse_codes",
-    "SteeringPlan": "steering_plans",
+    "SteeringPlan": "interventions.plans",
     "TrainingRecipe": "recipes",
-    "actual_plan": "interventions",
-    "calibrate_monitor": "monitor_thresholds",
-    "choose_pooling": "discovery",
-    "compare_methods": "method_comparison",
-    "compare_steering": "steering_methods",
-    "discover": "emotion_features",
-    "emotion_keywords": "keywords",
-    "emotion_sets": "feature_sets",
+    "actual_plan": "interventions.hooks",
+    "calibrate_monitor": "monitoring.thresholds",
+    "choose_pooling": "discovery.scoring",
+    "compare_methods": "discovery.method_comparison",
+    "compare_steering": "steering_studies.methods",
+    "discover": "discovery.emotion_features",
+    "emotion_keywords": "discovery.keywords",
+    "emotion_sets": "monitoring.feature_sets",
     "encode_texts": "sparse_codes",
     "evaluate": "evaluation",
-    "export_plan": "plan_exports",
-    "generate": "generation",
-    "live_monitor": "monitoring",
+    "export_plan": "interventions.exports",
+    "generate": "generation.continuations",
+    "live_monitor": "monitoring.monitor",
     "load_dictionary": "plugin",
     "load_model": "models",
     "load_openai_checkpoint": "openai_format",
     "logit_lens": "text_lens",
     "mean_norm": "activations",
-    "monitor": "monitoring",
+    "monitor": "monitoring.monitor",
     "open_codes": "sparse_codes",
     "openai_disk_loader": "openai_format",
     "register": "plugin",
-    "scan_layers": "layer_scan",
-    "score_features": "discovery",
-    "steering": "interventions",
-    "stream": "streaming",
+    "scan_layers": "discovery.layer_scan",
+    "score_features": "discovery.scoring",
+    "steering": "interventions.hooks",
+    "stream": "generation.streaming",
     "study": "discovery_study",
-    "study_combinations": "feature_combinations",
+    "study_combinations": "steering_studies.combinations",
     "sweep_study": "dose_study",
     "train": "training",
 }

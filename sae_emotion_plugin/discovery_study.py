@@ -10,28 +10,28 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from jaxtyping import Bool, Float
 
-from sae_emotion_plugin.absorption import Absorption, absorption
 from sae_emotion_plugin.activations import HookedModel, hook_layer
-from sae_emotion_plugin.discovery import null_runs
-from sae_emotion_plugin.discovery_charts import RocCurve
-from sae_emotion_plugin.discovery_page import DiscoveryContent
-from sae_emotion_plugin.emotion_features import Discovery, discover
-from sae_emotion_plugin.emotion_probes import METHODS, ProbeInputs, cross_fitted_scores
+from sae_emotion_plugin.discovery.absorption import Absorption, absorption
+from sae_emotion_plugin.discovery.emotion_features import Discovery, discover
+from sae_emotion_plugin.discovery.keywords import emotion_keywords
+from sae_emotion_plugin.discovery.layer_scan import LayerScan, scan_layers
+from sae_emotion_plugin.discovery.method_comparison import MethodTable, compare_methods
+from sae_emotion_plugin.discovery.probes import METHODS, ProbeInputs, cross_fitted_scores
+from sae_emotion_plugin.discovery.reference_margins import ReferenceMargins
+from sae_emotion_plugin.discovery.scores import FeatureScores
+from sae_emotion_plugin.discovery.scoring import null_runs
+from sae_emotion_plugin.discovery.specificity import Specificity, specificity
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.evidence.association import auroc
 from sae_emotion_plugin.evidence.calibration import Calibration
 from sae_emotion_plugin.evidence.roc import roc_points
-from sae_emotion_plugin.feature_scores import FeatureScores
 from sae_emotion_plugin.files import write_whole
-from sae_emotion_plugin.keywords import emotion_keywords
-from sae_emotion_plugin.layer_scan import LayerScan, scan_layers
-from sae_emotion_plugin.method_comparison import MethodTable, compare_methods
+from sae_emotion_plugin.pages.discovery import DiscoveryContent
+from sae_emotion_plugin.pages.discovery_charts import RocCurve
+from sae_emotion_plugin.pages.report_sections import highlighted_texts, score_distributions
 from sae_emotion_plugin.plugin import feature_url
 from sae_emotion_plugin.pooled_activations import pooled_activations
-from sae_emotion_plugin.reference_margins import ReferenceMargins
-from sae_emotion_plugin.report_sections import highlighted_texts, score_distributions
 from sae_emotion_plugin.sparse_codes import Pooling, token_settings
-from sae_emotion_plugin.specificity import Specificity, specificity
 
 logger = logging.getLogger(__name__)
 Part = TypeVar("Part")

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from sae_emotion_plugin.activations import HookedModel, mean_norm
-from sae_emotion_plugin.dose_page import write_dose_page
-from sae_emotion_plugin.dose_response import BOUNDS, DoseResponse, dose_response
 from sae_emotion_plugin.emotion_texts import openings
 from sae_emotion_plugin.judges.judge import Judge
+from sae_emotion_plugin.pages.dose import write_dose_page
 from sae_emotion_plugin.sparse_codes import checked_hook, token_settings
-from sae_emotion_plugin.steering_sweep import SweepText, Variant, score_texts, write_texts
-from sae_emotion_plugin.studies import DoseBounds, shared_amounts
-from sae_emotion_plugin.sweep_scores import SweepScores
+from sae_emotion_plugin.steering_studies.amounts import DoseBounds, shared_amounts
+from sae_emotion_plugin.steering_studies.dose_response import BOUNDS, DoseResponse, dose_response
+from sae_emotion_plugin.steering_studies.sweep import SweepText, Variant, score_texts, write_texts
+from sae_emotion_plugin.steering_studies.sweep_scores import SweepScores
 
 DOSES = (-0.3, -0.15, -0.06, 0.04, 0.08, 0.12, 0.16, 0.2, 0.3)
 """Fractions of the mean residual norm."""

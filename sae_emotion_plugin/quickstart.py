@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from sae_emotion_plugin.activations import mean_norm
-from sae_emotion_plugin.emotion_features import discover
+from sae_emotion_plugin.discovery.emotion_features import discover
+from sae_emotion_plugin.discovery.scores import FeatureScores
 from sae_emotion_plugin.emotion_texts import LabelledTexts, openings
-from sae_emotion_plugin.feature_scores import FeatureScores
-from sae_emotion_plugin.generations import Generation, Generations
+from sae_emotion_plugin.generation.records import Generation, Generations
 from sae_emotion_plugin.models import EMBEDDED, load_model
-from sae_emotion_plugin.plugin import DEFAULT_DICTIONARY, load_dictionary
-from sae_emotion_plugin.report import Bounds, Finding, ReportContent, broken_bounds, write_report
-from sae_emotion_plugin.report_sections import (
+from sae_emotion_plugin.pages.report import Bounds, Finding, ReportContent, broken_bounds, write_report
+from sae_emotion_plugin.pages.report_sections import (
     calibration_note,
     dictionary_metrics,
     dose_response_rows,
@@ -24,8 +23,9 @@ from sae_emotion_plugin.report_sections import (
     highlighted_texts,
     score_distributions,
 )
+from sae_emotion_plugin.plugin import DEFAULT_DICTIONARY, load_dictionary
 from sae_emotion_plugin.sparse_codes import token_settings
-from sae_emotion_plugin.studies import (
+from sae_emotion_plugin.steering_studies.amounts import (
     Cell,
     promising_features,
     recommend,

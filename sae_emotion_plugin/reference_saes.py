@@ -100,7 +100,12 @@ def shuffled_model(model: Any, seed: int) -> Any:
     of values; norms and biases (one dimension) stay. A matrix that is used twice (tied embeddings) stays one. The
     copy's name says what was done (Heap et al., arXiv 2501.17727, compare with such models); `model` is not changed.
     """
-    shuffled = copy.deepcopy(model, {id(model.tokenizer): model.tokenizer})
+    shared: dict[int, Any] = {id(model.tokenizer): model.tokenizer}
+    for module in model.modules():
+        # A bridge keeps its last attention pattern; after a pass with gradients, torch refuses to copy it.
+        kept = [value for value in vars(module).values() if isinstance(value, torch.Tensor) and not value.is_leaf]
+        shared |= {id(value): value.detach() for value in kept}
+    shuffled = copy.deepcopy(model, shared)
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for parameter in shuffled.parameters():

@@ -14,20 +14,20 @@ from typing import Any
 import yaml
 
 from sae_emotion_plugin.activations import mean_norm
-from sae_emotion_plugin.emotion_features import discover
+from sae_emotion_plugin.discovery.emotion_features import discover
+from sae_emotion_plugin.discovery.scores import FeatureScores
 from sae_emotion_plugin.emotion_texts import LabelledTexts, openings
-from sae_emotion_plugin.feature_combinations import summed_length
-from sae_emotion_plugin.feature_scores import FeatureScores
-from sae_emotion_plugin.generation import Request, complete
+from sae_emotion_plugin.feature_roles.output_scores import EMOTION_WORDS, steering_order
+from sae_emotion_plugin.generation.continuations import Request, complete
+from sae_emotion_plugin.interventions.plans import SteeringPlan, dictionary_sha256
 from sae_emotion_plugin.judges.judge import valence
 from sae_emotion_plugin.messages import first_line
 from sae_emotion_plugin.models import load_model, model_identity
-from sae_emotion_plugin.output_scores import EMOTION_WORDS, steering_order
 from sae_emotion_plugin.plugin import load_dictionary
 from sae_emotion_plugin.recipes import checked_fields
 from sae_emotion_plugin.result_table import ResultTable
 from sae_emotion_plugin.sparse_codes import checked_hook, token_settings
-from sae_emotion_plugin.steering_plans import SteeringPlan, dictionary_sha256
+from sae_emotion_plugin.steering_studies.combinations import summed_length
 from sae_emotion_plugin.text_costs import is_degenerate
 
 UNITS = ("residual_norm", "raw")

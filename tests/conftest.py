@@ -29,7 +29,7 @@ with warnings.catch_warnings():
 
 from sae_emotion_plugin.activations import canonical_hook
 from sae_emotion_plugin.emotion_texts import LabelledTexts
-from sae_emotion_plugin.generations import Generation
+from sae_emotion_plugin.generation.records import Generation
 
 WORDS = (
     "<pad>", "<bos>", "<eos>", "<unk>", "he", "is", "such", "a", "joy", "happy", "smile", "anger", "sad", "fear",

@@ -7,7 +7,7 @@ import pytest
 from planted_codes import codes_of, texts_of
 from scipy.stats import beta
 
-from sae_emotion_plugin.absorption import Absorption, absorption, sure_threshold
+from sae_emotion_plugin.discovery.absorption import Absorption, absorption, sure_threshold
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 
 OWN, ABSORBER, NOISE, SILENT = range(4)

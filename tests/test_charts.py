@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import Markup
 
-from sae_emotion_plugin.charts import (
+from sae_emotion_plugin.pages.charts import (
     Panel,
     Series,
     bar,

@@ -89,7 +89,7 @@ def test_steer_needs_features_or_an_emotion_but_not_both(tmp_path: Path) -> None
 
 
 def test_steer_names_the_emotions_of_the_scores_when_asked_for_another(tmp_path: Path) -> None:
-    from sae_emotion_plugin.feature_scores import FeatureScore, FeatureScores
+    from sae_emotion_plugin.discovery.scores import FeatureScore, FeatureScores
 
     path = tmp_path / "scores.json"
     FeatureScores({}, (FeatureScore("joy", 3, 0.9, 0.8, 0.01, 0.02, 0.5, 0.1),)).save(path)

@@ -8,7 +8,7 @@ import pytest
 from conftest import EMOTIONS, labelled
 from test_cli import refused, run
 
-from sae_emotion_plugin.feature_scores import FeatureScores
+from sae_emotion_plugin.discovery.scores import FeatureScores
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import EMOTIONS
 
-from sae_emotion_plugin.cli_monitor import monitor
-from sae_emotion_plugin.cli_options import OneLineErrors
-from sae_emotion_plugin.feature_scores import FeatureScore, FeatureScores
-from sae_emotion_plugin.monitor_thresholds import Thresholds
+from sae_emotion_plugin.cli.monitor import monitor
+from sae_emotion_plugin.cli.options import OneLineErrors
+from sae_emotion_plugin.discovery.scores import FeatureScore, FeatureScores
+from sae_emotion_plugin.monitoring.thresholds import Thresholds
 
 
 @click.group(cls=OneLineErrors)
@@ -104,7 +104,7 @@ def test_the_help_loads_no_model_library() -> None:
     import sys
 
     code = (
-        "import sys\nfrom click.testing import CliRunner\nfrom sae_emotion_plugin.cli_monitor import monitor\n"
+        "import sys\nfrom click.testing import CliRunner\nfrom sae_emotion_plugin.cli.monitor import monitor\n"
         "for command in ([], ['calibrate'], ['check']):\n"
         "    assert CliRunner().invoke(monitor, [*command, '--help']).exit_code == 0\n"
         "print([name for name in ('torch', 'sae_lens', 'transformers', 'pandas') if name in sys.modules])"

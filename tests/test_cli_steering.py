@@ -10,8 +10,8 @@ from conftest import JOY, make_sae
 from safetensors.torch import load_file
 
 from sae_emotion_plugin.cli import main
+from sae_emotion_plugin.interventions.plans import Gate, SteeringPlan, dictionary_sha256
 from sae_emotion_plugin.sparse_codes import encode_texts
-from sae_emotion_plugin.steering_plans import Gate, SteeringPlan, dictionary_sha256
 
 PROMPT = "he is such a"
 

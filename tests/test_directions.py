@@ -3,15 +3,15 @@ import pytest
 import torch
 from conftest import D_MODEL, HOOK, make_sae
 
-from sae_emotion_plugin.directions import (
+from sae_emotion_plugin.interventions.hooks import steering
+from sae_emotion_plugin.interventions.plans import SteeringPlan
+from sae_emotion_plugin.steering_studies.directions import (
     covariance_matched_directions,
     difference_of_means,
     direction_dictionary,
     probe_direction,
     random_decoder_rows,
 )
-from sae_emotion_plugin.interventions import steering
-from sae_emotion_plugin.steering_plans import SteeringPlan
 
 OTHER_HOOK = "blocks.1.hook_resid_post"
 

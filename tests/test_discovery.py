@@ -8,12 +8,12 @@ import pandas as pd
 import pytest
 import scipy.sparse
 
-from sae_emotion_plugin.discovery import FEATURES_PER_LOGIT_CHUNK, choose_pooling, score_features, with_tokens
+from sae_emotion_plugin.discovery.scores import LATER_FIELDS, FeatureScore, FeatureScores
+from sae_emotion_plugin.discovery.scoring import FEATURES_PER_LOGIT_CHUNK, choose_pooling, score_features, with_tokens
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.evidence.association import auroc, benjamini_hochberg, sparse_auroc
 from sae_emotion_plugin.evidence.placements import auroc_above
 from sae_emotion_plugin.evidence.stratified import stratified_mann_whitney
-from sae_emotion_plugin.feature_scores import LATER_FIELDS, FeatureScore, FeatureScores
 from sae_emotion_plugin.sparse_codes import Pooling, SparseCodes
 
 D_SAE = 40
@@ -354,7 +354,7 @@ def test_poolings_are_compared_on_texts_that_did_not_choose_the_feature(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     texts = make_texts(240)
-    with caplog.at_level(logging.INFO, logger="sae_emotion_plugin.discovery"):
+    with caplog.at_level(logging.INFO, logger="sae_emotion_plugin.discovery.scoring"):
         choose_pooling(make_codes(texts, planted=False), texts)
     mean_auroc = caplog.records[0].args
     assert isinstance(mean_auroc, dict) and set(mean_auroc) == {"max", "mean", "last", "sum"}
@@ -366,7 +366,7 @@ def test_an_emotion_too_rare_for_a_fold_does_not_sway_the_choice_of_a_pooling(
 ) -> None:
     codes, texts = train
     with_rare = relabelled(texts, [(*labels, "awe") if i == 0 else labels for i, labels in enumerate(texts.emotions)])
-    with caplog.at_level(logging.INFO, logger="sae_emotion_plugin.discovery"):
+    with caplog.at_level(logging.INFO, logger="sae_emotion_plugin.discovery.scoring"):
         assert choose_pooling(codes, with_rare, emotions=["anger", "joy"]) == choose_pooling(codes, with_rare)
     first, second = (record.getMessage() for record in caplog.records)
     assert first == second and "'max': 0.9" in first

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_charts import shapes, texts
 
-from sae_emotion_plugin.discovery_charts import (
+from sae_emotion_plugin.pages.discovery_charts import (
     RocCurve,
     auroc_domain,
     difference_domain,

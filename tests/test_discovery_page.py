@@ -12,9 +12,15 @@ import numpy as np
 import pytest
 from test_report import HOSTILE, LENS, Page, highlighted_texts
 
-from sae_emotion_plugin.absorption import Absorber, Absorption, AbsorptionRow
-from sae_emotion_plugin.discovery_charts import RocCurve
-from sae_emotion_plugin.discovery_page import (
+from sae_emotion_plugin.discovery.absorption import Absorber, Absorption, AbsorptionRow
+from sae_emotion_plugin.discovery.layer_scan import LayerScan, LayerScore
+from sae_emotion_plugin.discovery.method_comparison import MethodDifference, MethodScore, MethodTable
+from sae_emotion_plugin.discovery.reference_margins import ReferenceMargin, ReferenceMargins
+from sae_emotion_plugin.discovery.scores import FeatureScore, FeatureScores
+from sae_emotion_plugin.discovery.specificity import Specificity, SpecificityRow
+from sae_emotion_plugin.evidence.calibration import TAIL_THRESHOLDS, Calibration, Tail
+from sae_emotion_plugin.evidence.roc import roc_points
+from sae_emotion_plugin.pages.discovery import (
     PARTS,
     DiscoveryContent,
     difference_between,
@@ -26,14 +32,8 @@ from sae_emotion_plugin.discovery_page import (
     verdict,
     write_discovery_page,
 )
-from sae_emotion_plugin.evidence.calibration import TAIL_THRESHOLDS, Calibration, Tail
-from sae_emotion_plugin.evidence.roc import roc_points
-from sae_emotion_plugin.feature_scores import FeatureScore, FeatureScores
-from sae_emotion_plugin.layer_scan import LayerScan, LayerScore
-from sae_emotion_plugin.method_comparison import MethodDifference, MethodScore, MethodTable
-from sae_emotion_plugin.reference_margins import ReferenceMargin, ReferenceMargins
-from sae_emotion_plugin.report_content import HighlightedText, ScoreDistribution
-from sae_emotion_plugin.specificity import Specificity, SpecificityRow
+from sae_emotion_plugin.pages.discovery_charts import RocCurve
+from sae_emotion_plugin.pages.report_content import HighlightedText, ScoreDistribution
 from sae_emotion_plugin.text_lens import LogitLens
 
 EMOTIONS = (

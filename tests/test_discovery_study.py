@@ -7,10 +7,10 @@ import pytest
 from conftest import EMOTIONS, labelled
 
 from sae_emotion_plugin import discovery_study
-from sae_emotion_plugin.discovery_page import render
+from sae_emotion_plugin.discovery.emotion_features import discover
 from sae_emotion_plugin.discovery_study import Study, study
-from sae_emotion_plugin.emotion_features import discover
 from sae_emotion_plugin.emotion_texts import LabelledTexts
+from sae_emotion_plugin.pages.discovery import render
 
 TEXTS, HELD_OUT = labelled(60, seed=1), labelled(24, seed=2, prefix="h")
 

@@ -9,9 +9,9 @@ from test_charts import shapes
 from test_dose_response import few_resamples, linear, planted, quadratic, together  # noqa: F401
 from test_report import HOSTILE, Page
 
-from sae_emotion_plugin.dose_page import headline, render, sentence, write_dose_page
-from sae_emotion_plugin.dose_response import ChosenDose, DoseResponse, dose_response
-from sae_emotion_plugin.sweep_scores import SweepScores
+from sae_emotion_plugin.pages.dose import headline, render, sentence, write_dose_page
+from sae_emotion_plugin.steering_studies.dose_response import ChosenDose, DoseResponse, dose_response
+from sae_emotion_plugin.steering_studies.sweep_scores import SweepScores
 
 
 def response_of(scores: SweepScores) -> DoseResponse:

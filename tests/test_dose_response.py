@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sae_emotion_plugin.dose_effects import PANEL, known_mean, measures_of
-from sae_emotion_plugin.dose_response import BOUNDS, DoseResponse, dose_response
 from sae_emotion_plugin.evidence.resampling import hierarchical_interval
-from sae_emotion_plugin.studies import DoseBounds
-from sae_emotion_plugin.sweep_scores import SweepScore, SweepScores
+from sae_emotion_plugin.steering_studies.amounts import DoseBounds
+from sae_emotion_plugin.steering_studies.dose_effects import PANEL, known_mean, measures_of
+from sae_emotion_plugin.steering_studies.dose_response import BOUNDS, DoseResponse, dose_response
+from sae_emotion_plugin.steering_studies.sweep_scores import SweepScore, SweepScores
 
 DOSES = (-0.2, -0.1, 0.1, 0.2, 0.3)
 PROMPTS = tuple(f"opening {n:02d}" for n in range(20))
@@ -22,7 +22,7 @@ Planted = Callable[[float, str, int], float]
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sae_emotion_plugin.dose_response.RESAMPLES_OF_CHOSEN", 200)
+    monkeypatch.setattr("sae_emotion_plugin.steering_studies.dose_response.RESAMPLES_OF_CHOSEN", 200)
 
 
 def quadratic(dose: float, prompt: str, seed: int) -> float:

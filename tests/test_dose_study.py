@@ -8,12 +8,12 @@ from conftest import JOY
 from test_dose_response import few_resamples  # noqa: F401
 from test_steering_sweep import word_judge
 
-from sae_emotion_plugin import steering_sweep
 from sae_emotion_plugin.activations import mean_norm
 from sae_emotion_plugin.dose_study import DOSES, study_openings, sweep_study
 from sae_emotion_plugin.emotion_texts import openings
-from sae_emotion_plugin.generation import Continuation, Request, complete
+from sae_emotion_plugin.generation.continuations import Continuation, Request, complete
 from sae_emotion_plugin.sparse_codes import token_settings
+from sae_emotion_plugin.steering_studies import sweep as steering_sweep
 
 PROMPTS = ("he is such a", "w3 w4", "w9 is w7", "a w5", "he w8", "is w1 w2")
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from sae_emotion_plugin.feature_scores import LATER_FIELDS
-from sae_emotion_plugin.generations import Generation, Generations, summary
+from sae_emotion_plugin.discovery.scores import LATER_FIELDS
+from sae_emotion_plugin.generation.records import Generation, Generations, summary
 
 pytestmark = pytest.mark.slow
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from conftest import EMOTIONS, HOOK, JOY, labelled
 
-from sae_emotion_plugin import emotion_features, sparse_codes
-from sae_emotion_plugin.emotion_features import Discovery, discover
+from sae_emotion_plugin import sparse_codes
+from sae_emotion_plugin.discovery import emotion_features
+from sae_emotion_plugin.discovery.emotion_features import Discovery, discover
+from sae_emotion_plugin.discovery.scores import FeatureScores
 from sae_emotion_plugin.emotion_texts import LabelledTexts
-from sae_emotion_plugin.feature_scores import FeatureScores
 from sae_emotion_plugin.sparse_codes import encode_texts
 
 

@@ -3,8 +3,8 @@ import pytest
 import scipy.sparse
 from scipy.stats import mannwhitneyu, ttest_ind
 
-from sae_emotion_plugin import emotion_probes
-from sae_emotion_plugin.emotion_probes import METHODS, ProbeInputs, eliminated, method_families
+from sae_emotion_plugin.discovery import probes as emotion_probes
+from sae_emotion_plugin.discovery.probes import METHODS, ProbeInputs, eliminated, method_families
 from sae_emotion_plugin.evidence.association import auroc
 
 

@@ -11,8 +11,9 @@ import torch
 from conftest import JOY, make_sae
 from test_steering_success import counting_judge
 
-from sae_emotion_plugin import feature_combinations
-from sae_emotion_plugin.feature_combinations import (
+from sae_emotion_plugin.interventions.plans import SteeringPlan
+from sae_emotion_plugin.steering_studies import combinations as feature_combinations
+from sae_emotion_plugin.steering_studies.combinations import (
     CombinationEffect,
     CombinationStudy,
     feature_sets,
@@ -20,9 +21,8 @@ from sae_emotion_plugin.feature_combinations import (
     study_combinations,
     summed_length,
 )
-from sae_emotion_plugin.steering_plans import SteeringPlan
-from sae_emotion_plugin.steering_sweep import SweepText, Variant
-from sae_emotion_plugin.sweep_scores import SweepScore, SweepScores
+from sae_emotion_plugin.steering_studies.sweep import SweepText, Variant
+from sae_emotion_plugin.steering_studies.sweep_scores import SweepScore, SweepScores
 
 PROMPTS = ("he is such a", "w3 w4", "w9 is w7", "w1", "w2 w5", "w8")
 NORM = 4.0

@@ -11,8 +11,9 @@ import torch
 from conftest import HOOK, JOY, VOCABULARY, WORDS, make_sae
 from scipy import stats
 
-from sae_emotion_plugin.feature_explanations import METHOD, explanation_type, explanations
-from sae_emotion_plugin.feature_roles import (
+from sae_emotion_plugin.discovery.scores import FeatureScore, FeatureScores
+from sae_emotion_plugin.feature_roles.explanations import METHOD, explanation_type, explanations
+from sae_emotion_plugin.feature_roles.roles import (
     FeatureRole,
     FeatureRoles,
     FiringToken,
@@ -21,11 +22,10 @@ from sae_emotion_plugin.feature_roles import (
     feature_roles,
     firing_tokens,
 )
-from sae_emotion_plugin.feature_scores import FeatureScore, FeatureScores
-from sae_emotion_plugin.generation import Request, complete
-from sae_emotion_plugin.interventions import steering
+from sae_emotion_plugin.generation.continuations import Request, complete
+from sae_emotion_plugin.interventions.hooks import steering
+from sae_emotion_plugin.interventions.plans import SteeringPlan
 from sae_emotion_plugin.sparse_codes import SparseCodes, encode_texts
-from sae_emotion_plugin.steering_plans import SteeringPlan
 
 NORM = 4.0
 PROMPTS = ("he is such a", "w3 w4", "w9 is w7 w6")

@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import D_MODEL, D_SAE, JOY, JOY_TOKEN, WORDS, make_sae
 
-from sae_emotion_plugin.feature_scores import FeatureScore, FeatureScores
-from sae_emotion_plugin.feature_tokens import PromptFeatures, promoted_tokens, prompt_features, with_promoted_tokens
+from sae_emotion_plugin.discovery.scores import FeatureScore, FeatureScores
+from sae_emotion_plugin.discovery.tokens import PromptFeatures, promoted_tokens, prompt_features, with_promoted_tokens
 from sae_emotion_plugin.sparse_codes import encode_texts
 
 PROMPT = "he is such a joy"

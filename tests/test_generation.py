@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from sae_emotion_plugin import generation
-from sae_emotion_plugin.decoding import prompt_tokens, stepping
-from sae_emotion_plugin.generation import (
+from sae_emotion_plugin.generation import continuations as generation
+from sae_emotion_plugin.generation.continuations import (
     Continuation,
     Request,
     complete,
@@ -21,12 +20,13 @@ from sae_emotion_plugin.generation import (
     generate,
     judge_rows,
 )
-from sae_emotion_plugin.generations import Generations
-from sae_emotion_plugin.interventions import steering
+from sae_emotion_plugin.generation.decoding import prompt_tokens, stepping
+from sae_emotion_plugin.generation.likelihoods import continuation_nll
+from sae_emotion_plugin.generation.records import Generations
+from sae_emotion_plugin.generation.sampling import Sampling, choose
+from sae_emotion_plugin.interventions.hooks import steering
+from sae_emotion_plugin.interventions.plans import Intervention, SteeringPlan
 from sae_emotion_plugin.judges.judge import valence
-from sae_emotion_plugin.likelihoods import continuation_nll
-from sae_emotion_plugin.sampling import Sampling, choose
-from sae_emotion_plugin.steering_plans import Intervention, SteeringPlan
 from sae_emotion_plugin.text_costs import is_degenerate
 
 BOS, NEW = 1, 6

@@ -9,7 +9,7 @@ import pytest
 from conftest import GENERATION
 
 from sae_emotion_plugin.evidence.resampling import geometric_mean
-from sae_emotion_plugin.generations import Generation, Generations, perplexity_ratio, summary
+from sae_emotion_plugin.generation.records import Generation, Generations, perplexity_ratio, summary
 
 ROW = GENERATION
 CONTRACT = [

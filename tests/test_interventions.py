@@ -13,8 +13,8 @@ from jaxtyping import config
 from torch import Tensor
 
 from sae_emotion_plugin.activations import canonical_hook
-from sae_emotion_plugin.interventions import row_steering, steering
-from sae_emotion_plugin.steering_plans import Intervention, SteeringPlan
+from sae_emotion_plugin.interventions.hooks import row_steering, steering
+from sae_emotion_plugin.interventions.plans import Intervention, SteeringPlan
 
 TOKENS = torch.tensor([[1, 4, 5, 6, 7], [1, 20, 21, 22, 23], [1, 30, 8, 31, 40]])
 NORM = 3.0

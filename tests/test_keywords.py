@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from planted_codes import texts_of
 
+from sae_emotion_plugin.discovery.keywords import EmotionKeywords, emotion_keywords
 from sae_emotion_plugin.emotion_texts import LabelledTexts
-from sae_emotion_plugin.keywords import EmotionKeywords, emotion_keywords
 
 
 def corpus() -> LabelledTexts:

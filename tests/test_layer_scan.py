@@ -11,10 +11,11 @@ import transformer_lens
 from conftest import D_MODEL, JOY, VOCABULARY, WORDS, make_sae
 from scipy.optimize import minimize
 
-from sae_emotion_plugin import layer_scan, pooled_activations
+from sae_emotion_plugin import pooled_activations
+from sae_emotion_plugin.discovery import layer_scan
+from sae_emotion_plugin.discovery.layer_scan import MEAN, LayerScan, LayerScore, scan_layers
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.evidence.association import auroc
-from sae_emotion_plugin.layer_scan import MEAN, LayerScan, LayerScore, scan_layers
 
 WRITTEN = 1
 """The layer that writes joy into dimension 2; before it, joy is which of dimensions 0 and 1 agree in sign."""

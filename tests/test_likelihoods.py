@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import HOOK, JOY, WORDS
 
-from sae_emotion_plugin import likelihoods
 from sae_emotion_plugin.activations import TokenWindow, canonical_hook, tokenize
 from sae_emotion_plugin.evaluation import token_losses
-from sae_emotion_plugin.interventions import steering
-from sae_emotion_plugin.likelihoods import continuation_nll, mean_kl
-from sae_emotion_plugin.steering_plans import Intervention, SteeringPlan
+from sae_emotion_plugin.generation import likelihoods
+from sae_emotion_plugin.generation.likelihoods import continuation_nll, mean_kl
+from sae_emotion_plugin.interventions.hooks import steering
+from sae_emotion_plugin.interventions.plans import Intervention, SteeringPlan
 
 BOS = 1
 TEXTS = ("he is such a joy", "w3", "w9 w8 w7 w6 w5 w4 w3 w2 w1", "sad fear", "", "w20 w21 w22 w23")

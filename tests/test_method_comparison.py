@@ -7,12 +7,12 @@ import pytest
 from planted_codes import codes_of
 from scipy.stats import norm
 
-from sae_emotion_plugin import method_comparison
-from sae_emotion_plugin.emotion_probes import METHODS
+from sae_emotion_plugin.discovery import method_comparison
+from sae_emotion_plugin.discovery.method_comparison import MethodTable, compare_methods
+from sae_emotion_plugin.discovery.probes import METHODS
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.evidence.association import auroc
 from sae_emotion_plugin.evidence.auroc_intervals import auroc_interval, compare_aurocs
-from sae_emotion_plugin.method_comparison import MethodTable, compare_methods
 from sae_emotion_plugin.sparse_codes import SparseCodes
 
 EMOTIONS = ("fear", "joy")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from sae_emotion_plugin.evidence.association import holm
-from sae_emotion_plugin.method_effects import MethodEffects
-from sae_emotion_plugin.methods_at_cost import Tried, method_effects
-from sae_emotion_plugin.sweep_scores import SweepScore, SweepScores
+from sae_emotion_plugin.steering_studies.method_effects import MethodEffects
+from sae_emotion_plugin.steering_studies.methods_at_cost import Tried, method_effects
+from sae_emotion_plugin.steering_studies.sweep_scores import SweepScore, SweepScores
 
 DOSES = (0.5, 1.0, 2.0)
 NULLS = ("random",)

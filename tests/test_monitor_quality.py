@@ -8,8 +8,8 @@ from planted_codes import codes_of, texts_of
 from scipy.stats import mannwhitneyu
 
 from sae_emotion_plugin.emotion_texts import LabelledTexts
-from sae_emotion_plugin.monitor_quality import FEATURES, KEYWORDS, WORDS, MonitorQuality, monitor_quality
-from sae_emotion_plugin.monitor_thresholds import SetThreshold, Thresholds
+from sae_emotion_plugin.monitoring.quality import FEATURES, KEYWORDS, WORDS, MonitorQuality, monitor_quality
+from sae_emotion_plugin.monitoring.thresholds import SetThreshold, Thresholds
 
 LABELS = {"hostility": ("anger", "disgust"), "joy": ("joy",)}
 

@@ -12,11 +12,14 @@ from conftest import EMOTIONS, JOY, make_sae
 from planted_codes import codes_of
 from scipy.stats import beta
 
-from sae_emotion_plugin.decoding import Request
-from sae_emotion_plugin.feature_scores import FeatureScore, FeatureScores
-from sae_emotion_plugin.feature_sets import FeatureSet, emotion_sets, read_feature_sets, union
-from sae_emotion_plugin.interventions import steering
-from sae_emotion_plugin.monitor_thresholds import (
+from sae_emotion_plugin.discovery.scores import FeatureScore, FeatureScores
+from sae_emotion_plugin.generation.decoding import Request
+from sae_emotion_plugin.generation.streaming import stream
+from sae_emotion_plugin.interventions.hooks import steering
+from sae_emotion_plugin.interventions.plans import Intervention, SteeringPlan
+from sae_emotion_plugin.monitoring.feature_sets import FeatureSet, emotion_sets, read_feature_sets, union
+from sae_emotion_plugin.monitoring.monitor import Guard, LiveMonitor, live_monitor, monitor, on_token
+from sae_emotion_plugin.monitoring.thresholds import (
     SetThreshold,
     Thresholds,
     binomial_rate,
@@ -24,10 +27,7 @@ from sae_emotion_plugin.monitor_thresholds import (
     conformal_threshold,
     pooled_risks,
 )
-from sae_emotion_plugin.monitoring import Guard, LiveMonitor, live_monitor, monitor, on_token
 from sae_emotion_plugin.sparse_codes import encode_texts
-from sae_emotion_plugin.steering_plans import Intervention, SteeringPlan
-from sae_emotion_plugin.streaming import stream
 
 JOYFUL = FeatureSet("joy", (EMOTIONS["joy"],))
 HOSTILE = FeatureSet("hostility", (EMOTIONS["anger"], EMOTIONS["sadness"]), (1.0, 0.5))

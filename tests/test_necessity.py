@@ -10,12 +10,19 @@ import torch
 from conftest import JOY, make_sae
 from test_steering_success import counting_judge
 
-from sae_emotion_plugin import necessity as module
 from sae_emotion_plugin.emotion_texts import openings
-from sae_emotion_plugin.necessity import FEATURES, Necessity, contribution_sizes, matched_sets, necessity, removal_plan
 from sae_emotion_plugin.sparse_codes import SparseCodes
-from sae_emotion_plugin.steering_sweep import SweepText, Variant
-from sae_emotion_plugin.sweep_scores import SweepScore, SweepScores
+from sae_emotion_plugin.steering_studies import necessity as module
+from sae_emotion_plugin.steering_studies.necessity import (
+    FEATURES,
+    Necessity,
+    contribution_sizes,
+    matched_sets,
+    necessity,
+    removal_plan,
+)
+from sae_emotion_plugin.steering_studies.sweep import SweepText, Variant
+from sae_emotion_plugin.steering_studies.sweep_scores import SweepScore, SweepScores
 
 PROMPTS = ("he is such a", "w3 w4", "w9 is w7")
 

@@ -8,12 +8,10 @@ import pytest
 import torch
 from conftest import D_SAE, JOY, VOCABULARY, WORDS, make_sae
 
-from sae_emotion_plugin import output_scores as module
 from sae_emotion_plugin.activations import TokenWindow
-from sae_emotion_plugin.feature_scores import FeatureScore
-from sae_emotion_plugin.interventions import steering
-from sae_emotion_plugin.models import logit_lens
-from sae_emotion_plugin.output_scores import (
+from sae_emotion_plugin.discovery.scores import FeatureScore
+from sae_emotion_plugin.feature_roles import output_scores as module
+from sae_emotion_plugin.feature_roles.output_scores import (
     CAUSAL_AMOUNT,
     EMOTION_WORDS,
     emotion_words,
@@ -22,7 +20,9 @@ from sae_emotion_plugin.output_scores import (
     read_next_tokens,
     steering_order,
 )
-from sae_emotion_plugin.steering_plans import SteeringPlan
+from sae_emotion_plugin.interventions.hooks import steering
+from sae_emotion_plugin.interventions.plans import SteeringPlan
+from sae_emotion_plugin.models import logit_lens
 
 NORM = 4.0
 PROMPTS = ("he is such a", "w3 w4", "w9 is w7 w6")

@@ -74,7 +74,7 @@ def test_every_public_name_is_declared_for_editors_and_resolves() -> None:
     }
     assert set(declared) == set(sae_emotion_plugin.__all__)
     for name, module in declared.items():
-        assert getattr(sae_emotion_plugin, name).__module__ in (module, "sae_emotion_plugin.generations")
+        assert getattr(sae_emotion_plugin, name).__module__ in (module, "sae_emotion_plugin.generation.records")
         assert name in dir(sae_emotion_plugin)
     with pytest.raises(AttributeError, match="no_such_name"):
         getattr(sae_emotion_plugin, "no_such_name")  # noqa: B009 (an attribute that type checkers know to be missing)

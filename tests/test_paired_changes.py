@@ -5,7 +5,7 @@ import pytest
 from test_steering_success import counting_judge
 
 from sae_emotion_plugin.judges.judge import vader_judge
-from sae_emotion_plugin.paired_changes import (
+from sae_emotion_plugin.steering_studies.paired_changes import (
     changes_of,
     contrast,
     mean_change,
@@ -14,8 +14,8 @@ from sae_emotion_plugin.paired_changes import (
     shown_interval,
     unsteered_level,
 )
-from sae_emotion_plugin.steering_sweep import SweepText
-from sae_emotion_plugin.sweep_scores import SweepScore
+from sae_emotion_plugin.steering_studies.sweep import SweepText
+from sae_emotion_plugin.steering_studies.sweep_scores import SweepScore
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -16,13 +16,13 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, GPT2LMHeadModel
 
-from sae_emotion_plugin import plan_exports
 from sae_emotion_plugin.activations import canonical_hook
-from sae_emotion_plugin.generation import Request, complete
-from sae_emotion_plugin.interventions import steering
-from sae_emotion_plugin.neuronpedia_steering import neuronpedia_request, neuronpedia_vectors
-from sae_emotion_plugin.plan_exports import FORMS, export_plan, plan_vectors
-from sae_emotion_plugin.steering_plans import Gate, Intervention, SteeringPlan, dictionary_sha256, model_sha256
+from sae_emotion_plugin.generation.continuations import Request, complete
+from sae_emotion_plugin.interventions import exports as plan_exports
+from sae_emotion_plugin.interventions.exports import FORMS, export_plan, plan_vectors
+from sae_emotion_plugin.interventions.hooks import steering
+from sae_emotion_plugin.interventions.neuronpedia import neuronpedia_request, neuronpedia_vectors
+from sae_emotion_plugin.interventions.plans import Gate, Intervention, SteeringPlan, dictionary_sha256, model_sha256
 
 TOKENS = torch.tensor([[1, 4, 5, 6, 7], [1, 20, 21, 22, 23], [1, 30, 8, 31, 40]])
 SECOND = "blocks.1.hook_resid_post"

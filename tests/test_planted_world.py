@@ -12,10 +12,10 @@ from conftest import VOCABULARY, WORDS
 from sae_lens.saes.sae import SAEMetadata
 from scipy.stats import hypergeom
 
-from sae_emotion_plugin.discovery import score_features
+from sae_emotion_plugin.discovery.scores import FeatureScore
+from sae_emotion_plugin.discovery.scoring import score_features
+from sae_emotion_plugin.discovery.tokens import with_promoted_tokens
 from sae_emotion_plugin.emotion_texts import LabelledTexts
-from sae_emotion_plugin.feature_scores import FeatureScore
-from sae_emotion_plugin.feature_tokens import with_promoted_tokens
 from sae_emotion_plugin.sparse_codes import Pooling, encode_texts
 
 HOOK = "blocks.0.hook_resid_post"

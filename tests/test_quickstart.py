@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from conftest import HOOK
 
-from sae_emotion_plugin import emotion_features
 from sae_emotion_plugin import quickstart as module
+from sae_emotion_plugin.discovery import emotion_features
+from sae_emotion_plugin.discovery.scores import LATER_FIELDS, FeatureScores
 from sae_emotion_plugin.emotion_texts import LabelledTexts
-from sae_emotion_plugin.feature_scores import LATER_FIELDS, FeatureScores
-from sae_emotion_plugin.generations import Generations
+from sae_emotion_plugin.generation.records import Generations
 from sae_emotion_plugin.quickstart import QuickstartResult, quickstart
 
 WORD = {"joy": "joy", "anger": "anger", "sadness": "sad", "fear": "fear"}

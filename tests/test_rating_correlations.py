@@ -7,7 +7,7 @@ import pytest
 from planted_codes import codes_of
 from scipy.stats import pearsonr, spearmanr
 
-from sae_emotion_plugin.rating_correlations import RatingCorrelations, _correlations, rating_correlations
+from sae_emotion_plugin.discovery.rating_correlations import RatingCorrelations, _correlations, rating_correlations
 
 
 def rated(n: int = 400, slope: float = 0.6, seed: int = 0) -> tuple[Any, dict[str, np.ndarray]]:

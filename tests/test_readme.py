@@ -34,14 +34,19 @@ def test_quickstart_and_test_are_the_first_commands_of_the_readme() -> None:
 
 
 def test_every_module_stands_in_the_module_map() -> None:
-    table = TEXT.split("## Modules")[1].split("## Licences")[0]
     package = README.parent / "sae_emotion_plugin"
-    paths = {path.relative_to(package).with_suffix("") for path in package.rglob("*.py")}
-    modules = {".".join(path.parts) for path in paths if path.name not in ("__init__", "__main__")}
-    named = set(
-        re.findall(r"`([\w.]+)`", " ".join(row.split("|")[1] for row in table.splitlines() if row.startswith("|")))
-    )
-    assert named == modules
+    rows = [
+        [set(re.findall(r"`(\w+)`", cell)) for cell in line.strip("|").split("|")]
+        for line in TEXT.split("## Modules")[1].split("## Licences")[0].splitlines()
+        if line.startswith("| `")
+    ]
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    modules = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
+    assert {name for first, *_ in rows for name in first} == folders | modules
+    for first, *_, last in rows:
+        for folder in first & folders:
+            inside = {path.stem for path in (package / folder).glob("*.py")} - {"__init__"}
+            assert last == inside, folder
 
 
 def test_the_python_examples_import_only_public_names() -> None:

@@ -8,9 +8,9 @@ import pytest
 from planted_codes import codes_of
 from scipy.stats import mannwhitneyu
 
+from sae_emotion_plugin.discovery.reference_margins import ReferenceMargin, ReferenceMargins, reference_margins
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.evidence.auroc_intervals import compare_aurocs
-from sae_emotion_plugin.reference_margins import ReferenceMargin, ReferenceMargins, reference_margins
 
 EMOTIONS = ("fear", "joy")
 

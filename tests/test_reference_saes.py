@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from sae_emotion_plugin import activation_store, reference_saes, training
 from sae_emotion_plugin.activation_store import ActivationStore, collect
 from sae_emotion_plugin.activations import activation_batches
+from sae_emotion_plugin.discovery.reference_margins import reference_margins
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.evaluation import DictionaryReport
 from sae_emotion_plugin.models import model_identity, weights_identity
 from sae_emotion_plugin.recipes import REFERENCES, TextSource, TrainingRecipe
-from sae_emotion_plugin.reference_margins import reference_margins
 from sae_emotion_plugin.reference_saes import (
     encode_references,
     firing_counts,
@@ -272,6 +272,11 @@ def test_shuffling_permutes_each_matrix_keeps_vectors_and_leaves_the_model_alone
     assert "weights shuffled (seed 3)" in model_identity(shuffled)["name"]
     assert model_identity(shuffled) != model_identity(model)
     assert shuffled.tokenizer is model.tokenizer
+
+
+def test_a_model_that_last_ran_with_gradients_is_shuffled_too(model: Any) -> None:
+    model(model.to_tokens("he is such a joy"))
+    assert "weights shuffled (seed 0)" in model_identity(shuffled_model(model, 0))["name"]
 
 
 def activations(model: Any) -> torch.Tensor:

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_emotion_plugin.report import (
+from sae_emotion_plugin.pages.report import (
     Bounds,
     DoseResponseRow,
     Finding,
@@ -32,7 +32,7 @@ from sae_emotion_plugin.report import (
     render,
     write_report,
 )
-from sae_emotion_plugin.report_views import HUES, feature_groups, hues, openings, pairs
+from sae_emotion_plugin.pages.report_views import HUES, feature_groups, hues, openings, pairs
 
 LENS = {
     "anger": [[" fucking", " damn", " stupid", "!!", " hate", " bullshit", "화났", " idiot"], [" gently", " thank"]],
@@ -534,7 +534,7 @@ def test_well_known_emotions_keep_their_colours_and_others_get_free_ones():
 
 
 def test_importing_the_report_needs_no_torch():
-    code = "import sys, sae_emotion_plugin.report; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, sae_emotion_plugin.pages.report; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

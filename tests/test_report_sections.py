@@ -7,13 +7,12 @@ import pytest
 from conftest import HOOK, VOCABULARY
 
 from sae_emotion_plugin import registry
+from sae_emotion_plugin.discovery.scores import FeatureScore, FeatureScores
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.evaluation import DictionaryReport
-from sae_emotion_plugin.feature_scores import FeatureScore, FeatureScores
-from sae_emotion_plugin.generations import Generation, Generations, Part
-from sae_emotion_plugin.registry import Provenance, RegistryEntry, SaeRecord
-from sae_emotion_plugin.report_content import Bounds, broken_bounds
-from sae_emotion_plugin.report_sections import (
+from sae_emotion_plugin.generation.records import Generation, Generations, Part
+from sae_emotion_plugin.pages.report_content import Bounds, broken_bounds
+from sae_emotion_plugin.pages.report_sections import (
     calibration_note,
     dictionary_metrics,
     dose_response_rows,
@@ -21,6 +20,7 @@ from sae_emotion_plugin.report_sections import (
     highlighted_texts,
     score_distributions,
 )
+from sae_emotion_plugin.registry import Provenance, RegistryEntry, SaeRecord
 from sae_emotion_plugin.sparse_codes import SparseCodes
 
 REPORT = DictionaryReport(

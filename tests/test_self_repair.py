@@ -8,8 +8,8 @@ from conftest import D_MODEL, HOOK, JOY, VOCABULARY, make_sae
 
 from sae_emotion_plugin import steering
 from sae_emotion_plugin.activations import canonical_hook, hook_captures
-from sae_emotion_plugin.necessity import removal_plan
-from sae_emotion_plugin.self_repair import propagation, word_direction
+from sae_emotion_plugin.steering_studies.necessity import removal_plan
+from sae_emotion_plugin.steering_studies.self_repair import propagation, word_direction
 
 TEXTS = {"he is": ["he is such a joy w3", "he is w9 happy"], "w3": ["w3 w4 w5 w6"], "a": ["a smile w1 w2 w8"]}
 LAST = "blocks.1.hook_resid_post"

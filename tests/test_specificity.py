@@ -8,10 +8,10 @@ import pytest
 from planted_codes import codes_of, texts_of
 from scipy.stats import mannwhitneyu, norm
 
+from sae_emotion_plugin.discovery.keywords import emotion_keywords
+from sae_emotion_plugin.discovery.scores import FeatureScore, FeatureScores
+from sae_emotion_plugin.discovery.specificity import GOEMOTIONS_VALENCE, Specificity, label_valence, specificity
 from sae_emotion_plugin.emotion_texts import LabelledTexts
-from sae_emotion_plugin.feature_scores import FeatureScore, FeatureScores
-from sae_emotion_plugin.keywords import emotion_keywords
-from sae_emotion_plugin.specificity import GOEMOTIONS_VALENCE, Specificity, label_valence, specificity
 
 EMOTIONS = ("anger", "sadness", "joy")
 OWN, VALENCE, KEYWORD, SWEARING, SADNESS, JOY = range(6)
@@ -158,7 +158,7 @@ def test_the_lower_end_holds_against_every_near_rival(monkeypatch: pytest.Monkey
     row = specific(OWN, (codes_of(values), texts, kind)).of("anger")
     # The few texts of joy leave its AUROC uncertain: it may well be larger than that of the rival.
     assert row.rival == "sadness"
-    monkeypatch.setattr("sae_emotion_plugin.specificity.NEAREST_RIVALS", 1)
+    monkeypatch.setattr("sae_emotion_plugin.discovery.specificity.NEAREST_RIVALS", 1)
     alone = specific(OWN, (codes_of(values), texts, kind)).of("anger")
     assert row.low < alone.low - 0.01 and row.high == alone.high and row.margin == alone.margin
 

@@ -11,17 +11,17 @@ from conftest import GENERATION, JOY
 
 from sae_emotion_plugin.activations import tokenize
 from sae_emotion_plugin.emotion_texts import LabelledTexts
-from sae_emotion_plugin.generations import Generation, summary
-from sae_emotion_plugin.interventions import steering
-from sae_emotion_plugin.likelihoods import mean_kl
-from sae_emotion_plugin.steering_costs import (
+from sae_emotion_plugin.generation.likelihoods import mean_kl
+from sae_emotion_plugin.generation.records import Generation, summary
+from sae_emotion_plugin.interventions.hooks import steering
+from sae_emotion_plugin.interventions.plans import SteeringPlan
+from sae_emotion_plugin.steering_studies.amounts import Cell, run_cells
+from sae_emotion_plugin.steering_studies.costs import (
     SteeringCost,
     SteeringCosts,
     continuation_costs,
     steering_costs,
 )
-from sae_emotion_plugin.steering_plans import SteeringPlan
-from sae_emotion_plugin.studies import Cell, run_cells
 
 NEUTRAL = ("w1 w2 w3 w4", "w9 w8 such a", "he is")
 ROW = replace(GENERATION, baseline_text=" one two three four five", text=" no no no no no no no", degenerate=True)
@@ -95,7 +95,7 @@ def test_the_neutral_sentences_of_the_bundled_corpus_are_the_default(
         seen.append((texts, settings))
         return tokenize(model, NEUTRAL, **settings)
 
-    monkeypatch.setattr("sae_emotion_plugin.steering_costs.tokenize", tokenized)
+    monkeypatch.setattr("sae_emotion_plugin.steering_studies.costs.tokenize", tokenized)
     costs = steering_costs(bridge, planted_sae, *made, progress=False)
     ((texts, settings),) = seen
     neutral = [label == ("neutral",) for label in LabelledTexts.bundled("en").emotions]

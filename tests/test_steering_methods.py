@@ -8,14 +8,15 @@ import pytest
 import torch
 from conftest import EMOTIONS, VOCABULARY, labelled, make_sae
 
-from sae_emotion_plugin import few_shot, steering_sweep
-from sae_emotion_plugin.compared_methods import METHODS, NULLS, ComparisonDesign, other_layer
-from sae_emotion_plugin.few_shot import few_shot_texts
-from sae_emotion_plugin.generation import Request, complete
+from sae_emotion_plugin.generation.continuations import Request, complete
+from sae_emotion_plugin.generation.likelihoods import continuation_nll
 from sae_emotion_plugin.judges.judge import Judge, Judgements
-from sae_emotion_plugin.likelihoods import continuation_nll
-from sae_emotion_plugin.method_effects import MethodEffects
-from sae_emotion_plugin.steering_methods import _amount_at, _spread, compare_steering, default_prompts
+from sae_emotion_plugin.steering_studies import few_shot
+from sae_emotion_plugin.steering_studies import sweep as steering_sweep
+from sae_emotion_plugin.steering_studies.compared_methods import METHODS, NULLS, ComparisonDesign, other_layer
+from sae_emotion_plugin.steering_studies.few_shot import few_shot_texts
+from sae_emotion_plugin.steering_studies.method_effects import MethodEffects
+from sae_emotion_plugin.steering_studies.methods import _amount_at, _spread, compare_steering, default_prompts
 
 PROMPTS = ("he is such a", "w1 w2 w3", "a w4", "w5 he is", "such w6 a")
 AMOUNTS, COSTS = (0.0, 1.0, 2.0), (0.0, 0.2, 0.6)

@@ -12,10 +12,10 @@ from test_interventions import NORM, TOKENS, activations, plan_of
 from torch import Tensor
 
 from sae_emotion_plugin.activations import canonical_hook
-from sae_emotion_plugin.generation import Request, complete
-from sae_emotion_plugin.interventions import actual_plan, row_steering, steering
+from sae_emotion_plugin.generation.continuations import Request, complete
+from sae_emotion_plugin.interventions.hooks import actual_plan, row_steering, steering
+from sae_emotion_plugin.interventions.plans import Gate, Intervention, SteeringPlan, dictionary_sha256
 from sae_emotion_plugin.sparse_codes import encode_texts
-from sae_emotion_plugin.steering_plans import Gate, Intervention, SteeringPlan, dictionary_sha256
 
 OTHER_HOOK = "blocks.1.hook_resid_post"
 MASK = torch.tensor([[False, True, True, True, True]] * 3)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sae_emotion_plugin.feature_scores import FeatureScore, FeatureScores
-from sae_emotion_plugin.output_scores import OutputScore, OutputScores
-from sae_emotion_plugin.steering_prediction import SteeringPrediction, spread_features, steering_prediction
-from sae_emotion_plugin.steering_success import SteeringSuccess
+from sae_emotion_plugin.discovery.scores import FeatureScore, FeatureScores
+from sae_emotion_plugin.feature_roles.output_scores import OutputScore, OutputScores
+from sae_emotion_plugin.steering_studies.prediction import SteeringPrediction, spread_features, steering_prediction
+from sae_emotion_plugin.steering_studies.success import SteeringSuccess
 
 EMOTIONS = ("joy", "anger", "fear")
 

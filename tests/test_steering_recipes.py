@@ -11,9 +11,9 @@ import yaml
 from conftest import D_SAE, JOY
 
 from sae_emotion_plugin import SteeringPlan, mean_norm, steering_recipes
+from sae_emotion_plugin.discovery.scores import FeatureScore, FeatureScores
 from sae_emotion_plugin.emotion_texts import openings
-from sae_emotion_plugin.feature_scores import FeatureScore, FeatureScores
-from sae_emotion_plugin.generation import Request, complete
+from sae_emotion_plugin.generation.continuations import Request, complete
 from sae_emotion_plugin.judges.judge import valence
 from sae_emotion_plugin.sparse_codes import token_settings
 from sae_emotion_plugin.steering_recipes import PublishedLine, StudyRecipe, run_study
@@ -185,7 +185,7 @@ def test_a_table_says_what_it_is_and_is_kept(bridge: Any, planted_sae: Any, tmp_
 def test_the_features_come_from_a_scores_file_in_their_causal_order(
     bridge: Any, planted_sae: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sae_emotion_plugin.output_scores.EMOTION_WORDS", {"joy": "joy happy smile"})
+    monkeypatch.setattr("sae_emotion_plugin.feature_roles.output_scores.EMOTION_WORDS", {"joy": "joy happy smile"})
     rows = [FeatureScore("joy", feature, 0.9, None, 0.0, 0.0, 1.0, 0.0) for feature in (3, JOY, 11, 20)]
     scores = FeatureScores({}, tuple(rows))
     scores.save(tmp_path / "scores.json")

@@ -8,11 +8,11 @@ import pytest
 from conftest import JOY
 
 from sae_emotion_plugin import SteeringPlan, steering_success
-from sae_emotion_plugin.generation import Request, complete
+from sae_emotion_plugin.generation.continuations import Request, complete
 from sae_emotion_plugin.judges.judge import Judge, Judgements, vader_judge
 from sae_emotion_plugin.judges.masking import emotion_mask
-from sae_emotion_plugin.steering_success import EKMAN, measure_of
-from sae_emotion_plugin.steering_success import steering_success as succeed
+from sae_emotion_plugin.steering_studies.success import EKMAN, measure_of
+from sae_emotion_plugin.steering_studies.success import steering_success as succeed
 
 NORM = 4.0
 PROMPTS = ("he is such a", "w3 w4", "w9 is w7")

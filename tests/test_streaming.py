@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import JOY
 
-from sae_emotion_plugin.decoding import Request
-from sae_emotion_plugin.generation import complete
-from sae_emotion_plugin.steering_plans import SteeringPlan
-from sae_emotion_plugin.streaming import StreamedToken, stream
+from sae_emotion_plugin.generation.continuations import complete
+from sae_emotion_plugin.generation.decoding import Request
+from sae_emotion_plugin.generation.streaming import StreamedToken, stream
+from sae_emotion_plugin.interventions.plans import SteeringPlan
 
 
 def plan_of(sae: Any, amounts: dict[int, float], **where: Any) -> SteeringPlan:

@@ -8,11 +8,9 @@ import pytest
 from planted_codes import codes_of, texts_of
 from scipy.stats import mannwhitneyu, norm
 
-from sae_emotion_plugin.feature_scores import FeatureScore, FeatureScores
-from sae_emotion_plugin.judges.corpora import KOTE_LABELS
-from sae_emotion_plugin.keywords import emotion_keywords
-from sae_emotion_plugin.text_splits import stratified_held_out
-from sae_emotion_plugin.transfer import (
+from sae_emotion_plugin.discovery.keywords import emotion_keywords
+from sae_emotion_plugin.discovery.scores import FeatureScore, FeatureScores
+from sae_emotion_plugin.discovery.transfer import (
     GOEMOTIONS_TO_KOTE,
     GOEMOTIONS_TO_XED,
     TransferRow,
@@ -20,6 +18,8 @@ from sae_emotion_plugin.transfer import (
     merged_labels,
     transfer,
 )
+from sae_emotion_plugin.judges.corpora import KOTE_LABELS
+from sae_emotion_plugin.text_splits import stratified_held_out
 
 SAME, BETTER, KEYWORD, NOISE = range(4)
 NAMES = {"anger": ("화남", "짜증"), "joy": "기쁨"}

@@ -1,0 +1,3 @@
+"""The command line: click only. Each command parses, calls one function and prints."""
+
+from sae_emotion_plugin.cli.commands import main as main

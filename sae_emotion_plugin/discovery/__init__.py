@@ -1,0 +1,1 @@
+"""Which features fire on an emotion, with baselines, controls and references."""

@@ -1,0 +1,1 @@
+"""Prompts and plans into continuations, each row of a batch steered differently."""

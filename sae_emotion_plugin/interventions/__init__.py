@@ -1,0 +1,1 @@
+"""Steering plans, the hooks that carry them out, and the same plans as files for other tools."""

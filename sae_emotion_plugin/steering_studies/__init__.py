@@ -1,0 +1,1 @@
+"""What steering does, at which dose, at what cost, and compared with what."""
