@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from conftest import JOY
 
-from sae_emotion_plugin import SteeringPlan, steering_success
+from sae_emotion_plugin import SteeringPlan
 from sae_emotion_plugin.generation.continuations import Request, complete
 from sae_emotion_plugin.judges.judge import Judge, Judgements, vader_judge
 from sae_emotion_plugin.judges.masking import emotion_mask
+from sae_emotion_plugin.steering_studies import success as steering_success
 from sae_emotion_plugin.steering_studies.success import EKMAN, measure_of
 from sae_emotion_plugin.steering_studies.success import steering_success as succeed
 

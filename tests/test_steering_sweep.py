@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import JOY, JOY_TOKEN, make_sae
 
-from sae_emotion_plugin import SteeringPlan, steering_sweep
+from sae_emotion_plugin import SteeringPlan
 from sae_emotion_plugin.discovery.tokens import promoted_tokens
 from sae_emotion_plugin.generation.continuations import Continuation, Request, complete
 from sae_emotion_plugin.judges.judge import Judge, Judgements
 from sae_emotion_plugin.judges.masking import emotion_mask
+from sae_emotion_plugin.steering_studies import sweep as steering_sweep
 from sae_emotion_plugin.steering_studies.sweep import SweepText, Variant, score_texts, write_texts
 from sae_emotion_plugin.steering_studies.sweep_scores import SweepScore, SweepScores
 from sae_emotion_plugin.text_costs import is_degenerate

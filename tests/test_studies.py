@@ -6,10 +6,11 @@ import pytest
 import torch
 from conftest import HOOK, JOY, WORDS
 
-from sae_emotion_plugin import SteeringPlan, steering, studies
+from sae_emotion_plugin import SteeringPlan, steering
 from sae_emotion_plugin.generation.continuations import Continuation, Request, complete
 from sae_emotion_plugin.generation.records import Generation, Part
 from sae_emotion_plugin.judges.judge import emotion_lexicon
+from sae_emotion_plugin.steering_studies import amounts as studies
 from sae_emotion_plugin.steering_studies.amounts import (
     Cell,
     DoseBounds,

@@ -18,7 +18,7 @@ from sae_emotion_plugin.sparse_codes import SparseCodes
 
 FEATURES, WORDS, KEYWORDS = "features", "bag-of-words", "keywords"
 WORD_STRENGTH = 3.0
-"""Inverse regularisation of the bag of words (`discovery.probes`); fixed, so that nothing is chosen on held-out texts."""
+"""Inverse regularisation of the bag of words (`probes`); fixed: nothing is chosen on held-out texts."""
 
 
 @dataclass(frozen=True)
