@@ -23,7 +23,9 @@ def main(verbose: bool) -> None:
 
 
 @main.command()
-@click.option("--out", default="report", show_default=True, type=click.Path(file_okay=False), help="Folder to write.")
+@click.option(
+    "-o", "--out", default="report", show_default=True, type=click.Path(file_okay=False), help="Folder to write."
+)
 @model_option
 @dictionary_option
 @click.option("--seed", default=0, show_default=True, help="Seed of the corpus split.")
