@@ -19,8 +19,7 @@ import numpy as np
 from sae_emotion_plugin.activations import mean_norm
 from sae_emotion_plugin.discovery.emotion_features import discover
 from sae_emotion_plugin.discovery.scores import FeatureScores
-from sae_emotion_plugin.dose_study import study_openings
-from sae_emotion_plugin.emotion_texts import LabelledTexts
+from sae_emotion_plugin.emotion_texts import LabelledTexts, study_openings
 from sae_emotion_plugin.evidence.equal_cost import compare_at_cost
 from sae_emotion_plugin.feature_roles.output_scores import steering_order
 from sae_emotion_plugin.judges.names import judges_for

@@ -18,7 +18,7 @@ from pathlib import Path
 from sae_emotion_plugin.activations import mean_norm
 from sae_emotion_plugin.discovery.emotion_features import discover
 from sae_emotion_plugin.discovery.scores import FeatureScores
-from sae_emotion_plugin.emotion_texts import LabelledTexts
+from sae_emotion_plugin.emotion_texts import LabelledTexts, study_openings
 from sae_emotion_plugin.generation.continuations import Request, complete
 from sae_emotion_plugin.interventions.plans import SteeringPlan
 from sae_emotion_plugin.judges.names import judges_for, load_judge
@@ -26,7 +26,7 @@ from sae_emotion_plugin.models import load_model
 from sae_emotion_plugin.plugin import load_dictionary
 from sae_emotion_plugin.sparse_codes import token_settings
 from sae_emotion_plugin.steering_studies.compared_methods import METHODS, ComparisonDesign
-from sae_emotion_plugin.steering_studies.methods import compare_steering, default_prompts
+from sae_emotion_plugin.steering_studies.methods import compare_steering
 from sae_emotion_plugin.tables import text_table
 
 MULTIPLES = {1: (1.0,), 2: (1.0, 1.8), 3: (0.6, 1.0, 1.6), 4: (0.6, 0.9, 1.25, 1.8), 5: (0.5, 0.75, 1.0, 1.35, 1.8)}
@@ -72,7 +72,7 @@ def main() -> None:
     features = {
         emotion: [row.feature for row in scores.top(emotion, options.candidates)] for emotion in options.emotions
     }
-    prompts = default_prompts()
+    prompts = study_openings()
     prompts = tuple(prompts[place * len(prompts) // options.openings] for place in range(options.openings))
     design = ComparisonDesign(
         full=tuple(options.full),

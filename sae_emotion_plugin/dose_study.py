@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_emotion_plugin.activations import HookedModel, mean_norm
-from sae_emotion_plugin.emotion_texts import openings
+from sae_emotion_plugin.emotion_texts import study_openings
 from sae_emotion_plugin.judges.judge import Judge
 from sae_emotion_plugin.pages.dose import write_dose_page
 from sae_emotion_plugin.sparse_codes import checked_hook, token_settings
@@ -91,12 +91,3 @@ def sweep_study(
         response.save(Path(folder) / "sweep.json")
         write_dose_page(Path(folder) / "sweep.html", response)
     return SweepStudy(written, scores, response)
-
-
-def study_openings(language: str = "en") -> tuple[str, ...]:
-    """The bundled openings of a language, neutral and of every emotion alike: 100 in English.
-
-    The "unpleasant" ones are left out: they belong to no emotion, and lean to one side.
-    """
-    unpleasant = set(openings("unpleasant")) if language == "en" else set()
-    return tuple(text for text in openings("all", language) if text not in unpleasant)

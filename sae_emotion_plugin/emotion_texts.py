@@ -303,6 +303,15 @@ def openings(kind: str = "neutral", language: str = "en") -> tuple[str, ...]:
     return tuple(of_kind[kind])
 
 
+def study_openings(language: str = "en") -> tuple[str, ...]:
+    """The bundled openings of a language, neutral and of every emotion alike: 100 in English.
+
+    The "unpleasant" ones are left out: they belong to no emotion, and lean to one side.
+    """
+    unpleasant = set(openings("unpleasant")) if language == "en" else set()
+    return tuple(text for text in openings("all", language) if text not in unpleasant)
+
+
 def _bundled_rows(file_name: str) -> Iterator[Row]:
     with (_BUNDLED / file_name).open("rb") as stream:
         yield from json_rows(decoded_lines(stream, file_name), file_name)

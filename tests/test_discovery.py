@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse
 
 from sae_emotion_plugin.discovery.scores import LATER_FIELDS, FeatureScore, FeatureScores
-from sae_emotion_plugin.discovery.scoring import FEATURES_PER_LOGIT_CHUNK, choose_pooling, score_features, with_tokens
+from sae_emotion_plugin.discovery.scoring import choose_pooling, score_features
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.evidence.association import auroc, benjamini_hochberg, sparse_auroc
 from sae_emotion_plugin.evidence.placements import auroc_above
@@ -379,49 +379,6 @@ def test_an_emotion_too_rare_for_a_fold_does_not_sway_the_choice_of_a_pooling(
 def row(emotion: str = "joy", feature: int = 7, **changes: object) -> FeatureScore:
     values = {"auroc": 0.9, "held_out_auroc": 0.8, "p": 1e-9, "q": 1e-7, "rate_in": 0.5, "rate_out": 0.1}
     return FeatureScore(emotion=emotion, feature=feature, **{**values, **changes})  # type: ignore[arg-type]
-
-
-def test_tokens_of_a_feature_are_the_extremes_of_its_logits() -> None:
-    n_features, vocab = 2 * FEATURES_PER_LOGIT_CHUNK + 5, 50
-    table = np.random.default_rng(0).normal(size=(n_features, vocab)).astype(np.float32)
-    asked: list[list[int]] = []
-
-    def logits_of(features: list[int]) -> np.ndarray:
-        asked.append(features)
-        return table[features]
-
-    rows = [row(feature=feature) for feature in range(n_features)] + [row(emotion="anger", feature=4)]
-    found = with_tokens(FeatureScores({"seed": 1}, tuple(rows)), logits_of, lambda token: f"<{token}>", top=3)
-    for one in found.rows:
-        order = [f"<{token}>" for token in np.argsort(table[one.feature])]
-        assert one.promotes == tuple(order[::-1][:3])
-        assert one.suppresses == tuple(order[:3])
-    assert found.meta == {"seed": 1}
-    assert [len(each) for each in asked] == [FEATURES_PER_LOGIT_CHUNK, FEATURES_PER_LOGIT_CHUNK, 5]
-    assert [dataclasses.replace(one, promotes=(), suppresses=()) for one in found.rows] == rows
-
-
-def test_equal_logits_give_the_earlier_tokens() -> None:
-    flat = np.zeros((1, 6), dtype=np.float32)
-    flat[0, 4] = 1
-    found = with_tokens(FeatureScores({}, (row(),)), lambda features: flat, str, top=3)
-    assert found.rows[0].promotes == ("4", "0", "1")
-    assert found.rows[0].suppresses == ("0", "1", "2")
-
-
-@pytest.mark.parametrize(
-    ("logits", "top", "message"),
-    [
-        (np.zeros((2, 9)), 3, r"logits_of gave shape \(2, 9\) for 1 features"),
-        (np.zeros(9), 3, r"logits_of gave shape \(9,\) for 1 features"),
-        (np.zeros((1, 9)), 10, "top is 10, the vocabulary has 9 tokens"),
-        (np.zeros((1, 9)), 0, "top must be at least 1, got 0"),
-        (np.full((1, 9), np.nan), 3, "the logits of feature 7 are not finite"),
-    ],
-)
-def test_bad_logits_are_refused(logits: np.ndarray, top: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        with_tokens(FeatureScores({}, (row(),)), lambda features: logits, str, top=top)
 
 
 def test_saved_scores_follow_the_contract_and_load_back_equal(scores: FeatureScores, tmp_path: Path) -> None:

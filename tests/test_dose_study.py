@@ -9,8 +9,8 @@ from test_dose_response import few_resamples  # noqa: F401
 from test_steering_sweep import word_judge
 
 from sae_emotion_plugin.activations import mean_norm
-from sae_emotion_plugin.dose_study import DOSES, study_openings, sweep_study
-from sae_emotion_plugin.emotion_texts import openings
+from sae_emotion_plugin.dose_study import DOSES, sweep_study
+from sae_emotion_plugin.emotion_texts import openings, study_openings
 from sae_emotion_plugin.generation.continuations import Continuation, Request, complete
 from sae_emotion_plugin.sparse_codes import token_settings
 from sae_emotion_plugin.steering_studies import sweep as steering_sweep

@@ -6,7 +6,15 @@ import torch
 from conftest import D_MODEL, D_SAE, JOY, JOY_TOKEN, WORDS, make_sae
 
 from sae_emotion_plugin.discovery.scores import FeatureScore, FeatureScores
-from sae_emotion_plugin.discovery.tokens import PromptFeatures, promoted_tokens, prompt_features, with_promoted_tokens
+from sae_emotion_plugin.discovery.tokens import (
+    FEATURES_PER_LOGIT_CHUNK,
+    FeatureTokens,
+    PromptFeatures,
+    extreme_tokens,
+    promoted_tokens,
+    prompt_features,
+    with_promoted_tokens,
+)
 from sae_emotion_plugin.sparse_codes import encode_texts
 
 PROMPT = "he is such a joy"
@@ -62,6 +70,43 @@ def test_promoted_tokens_do_not_depend_on_a_rows_length(bridge: Any) -> None:
 
 def test_no_features_promote_nothing(bridge: Any, planted_sae: Any) -> None:
     assert promoted_tokens(bridge, planted_sae, [], 5) == {}
+
+
+def test_tokens_of_a_feature_are_the_extremes_of_its_logits() -> None:
+    n_features, vocab = 2 * FEATURES_PER_LOGIT_CHUNK + 5, 50
+    table = np.random.default_rng(0).normal(size=(n_features, vocab)).astype(np.float32)
+    asked: list[list[int]] = []
+
+    def logits_of(features: list[int]) -> np.ndarray:
+        asked.append(features)
+        return table[features]
+
+    found = extreme_tokens(range(n_features), logits_of, lambda token: f"<{token}>", top=3)
+    for feature in range(n_features):
+        order = [f"<{token}>" for token in np.argsort(table[feature])]
+        assert found[feature] == FeatureTokens(tuple(order[::-1][:3]), tuple(order[:3]))
+    assert [len(each) for each in asked] == [FEATURES_PER_LOGIT_CHUNK, FEATURES_PER_LOGIT_CHUNK, 5]
+
+
+def test_equal_logits_give_the_earlier_tokens() -> None:
+    flat = np.zeros((1, 6), dtype=np.float32)
+    flat[0, 4] = 1
+    assert extreme_tokens([7], lambda features: flat, str, top=3) == {
+        7: FeatureTokens(("4", "0", "1"), ("0", "1", "2"))
+    }
+
+
+@pytest.mark.parametrize(
+    ("logits", "top", "message"),
+    [
+        (np.zeros((1, 9)), 10, "top is 10, the vocabulary has 9 tokens"),
+        (np.zeros((1, 9)), 0, "top must be at least 1, got 0"),
+        (np.full((1, 9), np.nan), 3, "the logits of feature 7 are not finite"),
+    ],
+)
+def test_bad_logits_are_refused(logits: np.ndarray, top: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        extreme_tokens([7], lambda features: logits, str, top=top)
 
 
 @pytest.mark.parametrize(("top", "message"), [(0, "top must be at least 1"), (65, "the vocabulary has 64 tokens")])

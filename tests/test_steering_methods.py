@@ -16,7 +16,7 @@ from sae_emotion_plugin.steering_studies import sweep as steering_sweep
 from sae_emotion_plugin.steering_studies.compared_methods import METHODS, NULLS, ComparisonDesign, other_layer
 from sae_emotion_plugin.steering_studies.few_shot import few_shot_texts
 from sae_emotion_plugin.steering_studies.method_effects import MethodEffects
-from sae_emotion_plugin.steering_studies.methods import _amount_at, _spread, compare_steering, default_prompts
+from sae_emotion_plugin.steering_studies.methods import _amount_at, compare_steering
 
 PROMPTS = ("he is such a", "w1 w2 w3", "a w4", "w5 he is", "such w6 a")
 AMOUNTS, COSTS = (0.0, 1.0, 2.0), (0.0, 0.2, 0.6)
@@ -203,13 +203,6 @@ def test_the_wrong_layer_is_half_as_deep_and_never_the_right_one() -> None:
     assert other_layer("blocks.0.hook_resid_post") == "blocks.1.hook_resid_post"
     with pytest.raises(ValueError, match="in no layer"):
         other_layer("hook_embed")
-
-
-def test_the_default_prompts_are_a_hundred_english_openings() -> None:
-    assert len(set(default_prompts())) == 100
-    assert len(default_prompts("ko")) == 30
-    assert _spread(tuple("abcdefgh"), 4) == tuple("aceg")
-    assert _spread(tuple("ab"), 4) == tuple("ab")
 
 
 def test_texts_after_examples_are_those_of_the_longer_prompt_and_cost_what_they_cost_after_the_bare_one(

@@ -281,7 +281,8 @@ def _sweep(
     tokens: int,
     as_json: bool,
 ) -> None:
-    from sae_emotion_plugin.dose_study import study_openings, sweep_study
+    from sae_emotion_plugin.dose_study import sweep_study
+    from sae_emotion_plugin.emotion_texts import study_openings
 
     prompts = study_openings()
     swept = sweep_study(

@@ -1,8 +1,7 @@
 """SparseCodes and labelled texts -> FeatureScores: which features tell an emotion from the rest."""
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 CANDIDATE_POOLINGS: tuple[Pooling, ...] = ("max", "mean", "last", "sum")
 FEWEST_PER_CLASS = 2
-FEATURES_PER_LOGIT_CHUNK = 64
 
 
 def score_features(
@@ -212,47 +210,8 @@ def null_runs(
     )
 
 
-def with_tokens(
-    scores: FeatureScores,
-    logits_of: Callable[[list[int]], np.ndarray],
-    decode_token: Callable[[int], str],
-    top: int = 10,
-) -> FeatureScores:
-    """Returns `scores` with the `top` tokens that each feature's decoder direction promotes and suppresses.
-
-    `logits_of(features)` gives [feature, vocab] (the logit lens of the decoder rows) for at most 64 features
-    a call, `decode_token` the text of a vocabulary id.
-    """
-    if top < 1:
-        raise ValueError(f"top must be at least 1, got {top}")
-    features = list(dict.fromkeys(row.feature for row in scores.rows))
-    tokens: dict[int, dict[str, tuple[str, ...]]] = {}
-    for first in range(0, len(features), FEATURES_PER_LOGIT_CHUNK):
-        asked = features[first : first + FEATURES_PER_LOGIT_CHUNK]
-        logits = logits_of(asked)
-        if logits.ndim != 2 or len(logits) != len(asked):
-            raise ValueError(f"logits_of gave shape {logits.shape} for {len(asked)} features")
-        if top > logits.shape[1]:
-            raise ValueError(f"top is {top}, the vocabulary has {logits.shape[1]} tokens")
-        for feature, row in zip(asked, logits, strict=True):
-            if not np.isfinite(row).all():
-                raise ValueError(f"the logits of feature {feature} are not finite")
-            tokens[feature] = {
-                "promotes": tuple(decode_token(token) for token in _largest(row, top)),
-                "suppresses": tuple(decode_token(token) for token in _largest(-row, top)),
-            }
-    return replace(scores, rows=tuple(replace(row, **tokens[row.feature]) for row in scores.rows))
-
-
 def _dense(matrix: csc_matrix, column: int) -> Num[np.ndarray, "text"]:
     return matrix[:, [column]].toarray()[:, 0]
-
-
-def _largest(values: Num[np.ndarray, "value"], n: int) -> list[int]:
-    """Returns the positions of the `n` largest values, largest first, the earlier one first on a tie."""
-    threshold = np.partition(values, len(values) - n)[len(values) - n]
-    candidates = np.flatnonzero(values >= threshold)
-    return candidates[np.argsort(-values[candidates], kind="stable")[:n]].tolist()
 
 
 def _positions(part: LabelledTexts, whole: LabelledTexts) -> Int[np.ndarray, "text"]:

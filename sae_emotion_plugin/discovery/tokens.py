@@ -1,14 +1,15 @@
 """Features and tokens: which features fire on a prompt, and which tokens a feature promotes and suppresses."""
 
 import logging
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float
 
 from sae_emotion_plugin.activations import HookedModel
-from sae_emotion_plugin.discovery.scores import FeatureScore, FeatureScores
-from sae_emotion_plugin.discovery.scoring import with_tokens
+from sae_emotion_plugin.discovery.scores import FeatureScores
 from sae_emotion_plugin.models import decode_token, logit_lens
 from sae_emotion_plugin.sparse_codes import encode_texts
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     import pandas
 
 logger = logging.getLogger(__name__)
+
+FEATURES_PER_LOGIT_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -85,24 +88,70 @@ def prompt_features(
     return PromptFeatures(prompt, tuple(rows))
 
 
-def promoted_tokens(model: HookedModel, sae: Any, features: list[int], top: int) -> dict[int, tuple[str, ...]]:
+@dataclass(frozen=True)
+class FeatureTokens:
+    """The tokens at both ends of what a feature's decoder direction does to the vocabulary, the most extreme first."""
+
+    promotes: tuple[str, ...] = ()
+    suppresses: tuple[str, ...] = ()
+
+
+def promoted_tokens(model: HookedModel, sae: Any, features: Sequence[int], top: int) -> dict[int, tuple[str, ...]]:
     """The `top` tokens that each feature's decoder direction promotes most."""
-    rows = [FeatureScore("", feature, 0.5, None, 1.0, 1.0, 0.0, 0.0) for feature in features]
-    named = with_promoted_tokens(FeatureScores({}, tuple(rows)), model, sae, top)
-    return {row.feature: row.promotes for row in named.rows}
+    return {feature: tokens.promotes for feature, tokens in lens_tokens(model, sae, features, top).items()}
 
 
 def with_promoted_tokens(scores: FeatureScores, model: HookedModel, sae: Any, top: int = 10) -> FeatureScores:
-    """The scores with the `top` tokens that each feature's decoder direction promotes and suppresses (logit lens).
+    """The scores with the tokens of their features (`lens_tokens`)."""
+    features = list(dict.fromkeys(row.feature for row in scores.rows))
+    tokens = lens_tokens(model, sae, features, top)
+    return replace(scores, rows=tuple(replace(row, **asdict(tokens[row.feature])) for row in scores.rows))
 
-    Directions that are no residual directions, as those of an SAE on attention heads, have none: the scores come back
-    as they are, with a warning.
+
+def lens_tokens(model: HookedModel, sae: Any, features: Sequence[int], top: int) -> dict[int, FeatureTokens]:
+    """The `top` tokens that each feature's decoder direction promotes and suppresses, by the logit lens.
+
+    Directions that are no residual directions, as those of an SAE on attention heads, have none, with a warning.
     """
     if sae.W_dec.shape[1] != model.cfg.d_model:
         logger.warning("no promoted tokens: the SAE writes %d dimensions, not the residual stream", sae.W_dec.shape[1])
-        return scores
+        return {feature: FeatureTokens() for feature in features}
 
     def logits_of(features: list[int]) -> np.ndarray:
         return logit_lens(model, sae.W_dec[features].detach()).cpu().numpy()
 
-    return with_tokens(scores, logits_of, lambda token: decode_token(model, token), top)
+    return extreme_tokens(features, logits_of, lambda token: decode_token(model, token), top)
+
+
+def extreme_tokens(
+    features: Sequence[int],
+    logits_of: Callable[[list[int]], Float[np.ndarray, "feature vocab"]],
+    decode_token: Callable[[int], str],
+    top: int,
+) -> dict[int, FeatureTokens]:
+    """The `top` tokens with the largest and with the smallest logits of each feature, the earlier one first on a tie.
+
+    Args:
+        logits_of: the logits of at most 64 features.
+        decode_token: the text of a vocabulary id.
+    """
+    if top < 1:
+        raise ValueError(f"top must be at least 1, got {top}")
+    tokens = {}
+    for first in range(0, len(features), FEATURES_PER_LOGIT_CHUNK):
+        asked = list(features[first : first + FEATURES_PER_LOGIT_CHUNK])
+        logits = logits_of(asked)
+        if top > logits.shape[1]:
+            raise ValueError(f"top is {top}, the vocabulary has {logits.shape[1]} tokens")
+        for feature, row in zip(asked, logits, strict=True):
+            if not np.isfinite(row).all():
+                raise ValueError(f"the logits of feature {feature} are not finite")
+            ends = (tuple(decode_token(token) for token in _largest(values, top)) for values in (row, -row))
+            tokens[feature] = FeatureTokens(*ends)
+    return tokens
+
+
+def _largest(values: Float[np.ndarray, " value"], n: int) -> list[int]:
+    threshold = np.partition(values, len(values) - n)[len(values) - n]
+    candidates = np.flatnonzero(values >= threshold)
+    return candidates[np.argsort(-values[candidates], kind="stable")[:n]].tolist()

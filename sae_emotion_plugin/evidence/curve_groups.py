@@ -21,17 +21,9 @@ from sae_emotion_plugin.evidence.dose_curves import (
     prompt_means,
 )
 from sae_emotion_plugin.evidence.equal_cost import LARGEST_UNREACHED_SHARE
+from sae_emotion_plugin.evidence.resampling import Resampling
 
 RESAMPLES_AT_ONCE = 250
-
-
-@dataclass(frozen=True)
-class Resampling:
-    """How intervals are made."""
-
-    level: float = 0.95
-    resamples: int = 2_000
-    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,24 @@ Verdict = Literal["superior", "non-inferior", "inferior", "inconclusive"]
 
 
 @dataclass(frozen=True)
+class Resampling:
+    """How intervals are made."""
+
+    level: float = 0.95
+    resamples: int = 2_000
+    seed: int = 0
+
+    def ends(self, values: Float[np.ndarray, "prompt seed"]) -> tuple[float | None, float | None]:
+        """The interval's ends, over prompts and then seeds; None with fewer than 2 prompts that have a value."""
+        prompts, seeds = np.nonzero(~np.isnan(values))
+        if len(set(prompts.tolist())) < 2:
+            return None, None
+        settings = {"level": self.level, "resamples": self.resamples, "seed": self.seed}
+        found = hierarchical_interval(values[prompts, seeds], prompts=prompts, seeds=seeds, **settings)
+        return found.low, found.high
+
+
+@dataclass(frozen=True)
 class Interval:
     """An estimate and the ends of its interval."""
 

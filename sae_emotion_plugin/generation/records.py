@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -117,8 +117,14 @@ def perplexity_ratio(rows: Sequence[Generation]) -> float | None:
     for row in rows:
         if row.nll is not None and row.baseline_nll is not None:
             ratios.setdefault(row.prompt, []).append(row.nll - row.baseline_nll)
-    means = [math.fsum(logs) / len(logs) for logs in ratios.values()]
-    return math.exp(math.fsum(means) / len(means)) if means else None
+    mean = mean_of_known(mean_of_known(logs) for logs in ratios.values())
+    return None if mean is None else math.exp(mean)
+
+
+def mean_of_known(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are known; None without any."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
 
 
 def summary(rows: Sequence[Generation], *, seed: int = 0) -> Summary:

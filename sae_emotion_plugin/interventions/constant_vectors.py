@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_emotion_plugin.interventions.contributions import OF_ACTIVATIONS, added_lengths, unit_directions
 from sae_emotion_plugin.interventions.plans import SteeringPlan, check_plan
 
 PER_TOKEN = ("layer_norm", "constant_norm_rescale")
@@ -33,34 +33,20 @@ def plan_vectors(plan: SteeringPlan, sae: Any) -> dict[str, Float[Tensor, " d_in
     for present, name in settings:
         if present:
             raise ValueError(f"a constant vector cannot carry {name}: it is added to every token alike")
-    lengths, directions = added_lengths(plan, sae), _rows(plan, sae)
-    vector = lengths @ torch.nn.functional.normalize(directions, dim=-1)
+    vector = constant_lengths(plan, sae) @ unit_directions(sae, plan.features)
     if not vector.isfinite().all():
         raise ValueError(f"the vector of {plan} is not finite")
     return {hook: vector.clone() for hook in plan.hooks}
 
 
-def added_lengths(plan: SteeringPlan, sae: Any) -> Float[Tensor, " feature"]:
+def constant_lengths(plan: SteeringPlan, sae: Any) -> Float[Tensor, " feature"]:
     """How far each `add` of the plan moves an activation along the feature's unit direction, in the model's units.
 
     Raises:
         ValueError: in this unit that depends on the token, as the SAE normalises its input.
     """
-    amounts = torch.tensor([one.amount for one in plan.interventions])
-    if plan.unit == "raw":
-        return amounts
-    if plan.unit == "residual_norm":
-        return amounts * (plan.residual_norm or 1.0)
     normalisation = sae.cfg.normalize_activations
-    if normalisation in PER_TOKEN:
+    if plan.unit in OF_ACTIVATIONS and normalisation in PER_TOKEN:
         how = f"with normalize_activations {normalisation!r} its length depends on the token"
         raise ValueError(f"a constant vector cannot carry unit {plan.unit!r}: {how} (valid: residual_norm, raw)")
-    if plan.unit == "max_activation":
-        amounts = amounts * torch.tensor([one.max_activation or 1.0 for one in plan.interventions])
-    # Some SAEs count activations in lengths of the contribution and divide by the row's norm when decoding.
-    rescaled = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
-    return amounts if rescaled else amounts * _rows(plan, sae).norm(dim=-1)
-
-
-def _rows(plan: SteeringPlan, sae: Any) -> Float[Tensor, "feature d_in"]:
-    return sae.W_dec.detach()[list(plan.features)].float().cpu()
+    return added_lengths(plan, sae)

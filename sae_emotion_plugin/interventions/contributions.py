@@ -12,12 +12,22 @@ from torch import Tensor
 from sae_emotion_plugin.interventions.plans import NEEDS_CODES, Intervention, SteeringPlan
 from sae_emotion_plugin.sparse_codes import CHUNK_ENTRIES, flat_heads
 
+OF_ACTIVATIONS = ("activation", "max_activation")
+"""Units in which a feature's contribution is stretched as the SAE stretches a token's reconstruction."""
+
 
 def amount_of(plan: SteeringPlan, one: Intervention) -> float:
     """The amount in lengths of the model's own, or in activations, as the unit has it."""
     if plan.unit == "residual_norm":
         return one.amount * (plan.residual_norm or 1.0)
     return one.amount * (one.max_activation or 1.0) if plan.unit == "max_activation" else one.amount
+
+
+def added_lengths(plan: SteeringPlan, sae: Any) -> Float[Tensor, " add"]:
+    """How far each `add` of the plan moves an activation along its unit direction, before a token's own scale."""
+    adds = [one for one in plan.interventions if one.mode == "add"]
+    amounts = torch.tensor([amount_of(plan, one) for one in adds])
+    return amounts * unit_lengths(sae, [one.feature for one in adds]).cpu() if plan.unit in OF_ACTIVATIONS else amounts
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from sae_emotion_plugin.activations import HookedModel, canonical_hook
 from sae_emotion_plugin.interventions.contributions import (
+    OF_ACTIVATIONS,
     Contributions,
     Projections,
-    amount_of,
+    added_lengths,
     token_scale,
     unit_directions,
-    unit_lengths,
 )
 from sae_emotion_plugin.interventions.places import Schedule, Where, tracked
 from sae_emotion_plugin.interventions.plans import SteeringPlan, check_plan
@@ -210,9 +210,6 @@ class _Change:
 
 def _added(sae: Any, plan: SteeringPlan) -> tuple[Float[Tensor, " d_in"], Float[Tensor, " d_in"]]:
     """What the `add` interventions add: as it is, and what each token's own scale has to stretch."""
-    adds = [one for one in plan.interventions if one.mode == "add"]
-    features, nothing = [one.feature for one in adds], torch.zeros(sae.cfg.d_in)
-    weights, directions = torch.tensor([amount_of(plan, one) for one in adds]), unit_directions(sae, features)
-    if plan.unit in ("activation", "max_activation"):
-        return nothing, (weights * unit_lengths(sae, features).cpu()) @ directions
-    return weights @ directions, nothing
+    directions = unit_directions(sae, [one.feature for one in plan.interventions if one.mode == "add"])
+    added, nothing = added_lengths(plan, sae) @ directions, torch.zeros(sae.cfg.d_in)
+    return (nothing, added) if plan.unit in OF_ACTIVATIONS else (added, nothing)

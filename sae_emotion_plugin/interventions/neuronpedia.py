@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from sae_emotion_plugin.interventions.constant_vectors import added_lengths, plan_vectors
+from sae_emotion_plugin.interventions.constant_vectors import constant_lengths, plan_vectors
 from sae_emotion_plugin.interventions.plans import SteeringPlan
 
 LONGEST_PROMPT = 2048
@@ -56,7 +56,7 @@ def neuronpedia_request(
     if elsewhere := [hook for hook in plan.hooks if hook != plan.hook_name]:
         raise ValueError(f"a feature of Neuronpedia acts at its own hook, {plan.hook_name}, not at {elsewhere[0]}")
     model_id, source = found.split("/")
-    strengths = added_lengths(plan, sae)
+    strengths = constant_lengths(plan, sae)
     if not _folds(sae):
         strengths = strengths / sae.W_dec.detach()[list(plan.features)].float().cpu().norm(dim=-1)
     features = [

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sae_emotion_plugin.activations import HookedModel, tokenize
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.generation.likelihoods import mean_kl
-from sae_emotion_plugin.generation.records import Generation, Part, perplexity_ratio
+from sae_emotion_plugin.generation.records import Generation, Part, mean_of_known, perplexity_ratio
 from sae_emotion_plugin.interventions.hooks import steering
 from sae_emotion_plugin.interventions.plans import SteeringPlan, check_plan
 from sae_emotion_plugin.models import model_identity
@@ -240,18 +240,13 @@ def _described(texts: Sequence[tuple[str, str]], tokens: Mapping[str, Sequence[H
     """The measures of (prompt, continuation) pairs that need no model."""
     written = [(prompt, text) for prompt, text in texts if text.strip()]
     return {
-        "repetition": _mean(four_gram_repetition(tokens[text]) for _, text in written),
-        "distinct_2": _mean(distinct_2(tokens[text]) for _, text in written),
-        "language_switch": _mean(language_switch(prompt, text) for prompt, text in written),
+        "repetition": mean_of_known(four_gram_repetition(tokens[text]) for _, text in written),
+        "distinct_2": mean_of_known(distinct_2(tokens[text]) for _, text in written),
+        "language_switch": mean_of_known(language_switch(prompt, text) for prompt, text in written),
         "length": sum(len(tokens[text]) for _, text in texts) / len(texts),
         "words": sum(len(words(text)) for _, text in texts) / len(texts),
         "empty_share": (len(texts) - len(written)) / len(texts),
     }
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
 
 
 def _baseline_perplexity(rows: Sequence[Generation]) -> float | None:
@@ -260,7 +255,7 @@ def _baseline_perplexity(rows: Sequence[Generation]) -> float | None:
     for row in rows:
         if row.nll is not None and row.baseline_nll is not None:
             of_prompt.setdefault(row.prompt, []).append(row.baseline_nll)
-    mean = _mean(math.fsum(values) / len(values) for values in of_prompt.values())
+    mean = mean_of_known(math.fsum(values) / len(values) for values in of_prompt.values())
     return None if mean is None else math.exp(mean)
 
 

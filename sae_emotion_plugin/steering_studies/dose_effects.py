@@ -8,9 +8,9 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from sae_emotion_plugin.evidence.resampling import hierarchical_interval
+from sae_emotion_plugin.evidence.resampling import Resampling
 from sae_emotion_plugin.judges.judge import VALENCE
-from sae_emotion_plugin.steering_studies.success import EKMAN, SIGNS
+from sae_emotion_plugin.steering_studies.success import SIGNS, basic_emotion
 from sae_emotion_plugin.steering_studies.sweep_scores import SweepScores
 
 Half = Literal["choose", "report"]
@@ -37,7 +37,7 @@ class DoseEffect:
     part: Half
     judge: str
     measure: str
-    """The emotion, its basic emotion (`steering_success.EKMAN`), or "valence", then in the emotion's direction."""
+    """The emotion, its basic emotion (`success.basic_emotion`), or "valence", then in the emotion's direction."""
     n_texts: int
     n_judged: int
     """Pairs of which neither text is empty."""
@@ -58,24 +58,6 @@ class DoseEffect:
     """Share of continuations that loop, less the unsteered ones'."""
     others: tuple[OtherChange, ...]
     """What happened to every other measure that the judge knows."""
-
-
-@dataclass(frozen=True)
-class Resampling:
-    """How intervals are made."""
-
-    level: float = 0.95
-    resamples: int = 2_000
-    seed: int = 0
-
-    def ends(self, values: Float[np.ndarray, "prompt seed"]) -> tuple[float | None, float | None]:
-        """The interval's ends, over prompts and then seeds; None with fewer than 2 prompts that have a value."""
-        prompts, seeds = np.nonzero(~np.isnan(values))
-        if len(set(prompts.tolist())) < 2:
-            return None, None
-        settings = {"level": self.level, "resamples": self.resamples, "seed": self.seed}
-        found = hierarchical_interval(values[prompts, seeds], prompts=prompts, seeds=seeds, **settings)
-        return found.low, found.high
 
 
 def halves(prompts: Sequence[str], seed: int) -> dict[Half, tuple[str, ...]]:
@@ -204,7 +186,7 @@ def measures_of(known: Mapping[str, Sequence[str]], emotion: str) -> dict[str, s
 
     Valence is asked only where no judge knows the emotion or its basic one.
     """
-    basic = next((one for one, labels in EKMAN.items() if emotion in labels.split()), emotion)
+    basic = basic_emotion(emotion)
     found = {judge: next((one for one in (emotion, basic) if one in own), "") for judge, own in known.items()}
     found = {judge: measure for judge, measure in found.items() if measure}
     if found or not (basic in SIGNS or emotion == VALENCE):
@@ -239,8 +221,7 @@ def wrong_share(by_prompt: Float[np.ndarray, " prompt"], wanted: int) -> float |
 
 
 def _sign(emotion: str) -> int:
-    basic = next((one for one, labels in EKMAN.items() if emotion in labels.split()), emotion)
-    return SIGNS.get(basic, 1)
+    return SIGNS.get(basic_emotion(emotion), 1)
 
 
 def _number(value: float | None) -> float:

@@ -12,12 +12,12 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from sae_emotion_plugin.evidence.resampling import Resampling
 from sae_emotion_plugin.result_table import ResultTable
 from sae_emotion_plugin.steering_studies.amounts import DoseBounds
 from sae_emotion_plugin.steering_studies.dose_effects import (
     DoseEffect,
     Half,
-    Resampling,
     VariantDoses,
     effects,
     halves,

@@ -2,22 +2,19 @@
 
 import hashlib
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sae_emotion_plugin.activations import HookedModel
 from sae_emotion_plugin.feature_roles.output_scores import prompt_windows
-from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.generation.continuations import Request, complete
 from sae_emotion_plugin.generation.likelihoods import continuation_nll
 from sae_emotion_plugin.interventions.plans import model_sha256
 from sae_emotion_plugin.sparse_codes import token_settings
+from sae_emotion_plugin.steering_studies.kept_texts import read_texts, save_texts
 from sae_emotion_plugin.steering_studies.sweep import SweepText
 from sae_emotion_plugin.text_costs import is_degenerate
-
-logger = logging.getLogger(__name__)
 
 
 def few_shot_texts(
@@ -65,7 +62,7 @@ def few_shot_texts(
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
         Path(folder).mkdir(parents=True, exist_ok=True)
         path = Path(folder) / f"few-shot-{key}.json"
-    rows = _kept(path, settings, len(places))
+    rows = None if path is None else read_texts(path, settings, len(places))
     if rows is None:
         requests = [
             Request("\n".join([*examples[:count], prompt]), None, temperature, seed) for count, prompt, seed in places
@@ -76,24 +73,8 @@ def few_shot_texts(
         nlls = iter(continuation_nll(model, [pair for pair in pairs if pair[1]]))
         rows = [(one.text, next(nlls) if one.token_ids else None, is_degenerate(one.token_ids)) for one in made]
         if path is not None:
-            text = json.dumps({"made_of": settings, "rows": rows}, ensure_ascii=False, allow_nan=False, indent=1)
-            write_whole(path, text + "\n")
+            save_texts(path, settings, rows)
     return tuple(
         SweepText(name, float(count), prompt, seed, *row)
         for (count, prompt, seed), row in zip(places, rows, strict=True)
     )
-
-
-def _kept(path: Path | None, settings: dict[str, Any], n: int) -> list[tuple[str, float | None, bool]] | None:
-    """The rows in the file; None where there is none, or it holds something else."""
-    if path is None or not path.exists():
-        return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        rows = [(str(text), nll if nll is None else float(nll), bool(loops)) for text, nll, loops in data["rows"]]
-        if data["made_of"] == settings and len(rows) == n:
-            return rows
-        raise ValueError("it was made of something else")
-    except (ValueError, KeyError, TypeError) as error:
-        logger.warning("%s is damaged and is made anew: %r", path, error)
-        return None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sae_emotion_plugin.activations import HookedModel
-from sae_emotion_plugin.emotion_texts import LabelledTexts, openings
+from sae_emotion_plugin.emotion_texts import LabelledTexts, study_openings
 from sae_emotion_plugin.evidence.dose_curves import monotone_costs
 from sae_emotion_plugin.interventions.plans import SteeringPlan
 from sae_emotion_plugin.judges.judge import VALENCE, Judge
@@ -35,8 +35,6 @@ from sae_emotion_plugin.steering_studies.sweep import SweepText, Variant, score_
 from sae_emotion_plugin.steering_studies.sweep_scores import SweepScores
 
 logger = logging.getLogger(__name__)
-
-KINDS = ("neutral", "everyday", "anger", "disgust", "fear", "joy", "sadness", "surprise")
 
 
 def compare_steering(
@@ -82,7 +80,7 @@ def compare_steering(
     emotions = tuple(features_by_emotion)
     judges = judges_for(language) if judges is None else tuple(judges)
     measures = {(judge.name, emotion): measure_of(judge, emotion) for emotion in emotions for judge in judges}
-    prompts = default_prompts(language) if prompts is None else tuple(prompts)
+    prompts = study_openings(language) if prompts is None else tuple(prompts)
     hook_name = checked_hook(model, sae)
     where = Setting(model, sae, texts, seed, Path(folder) if folder is not None else None, progress)
     ranked = {
@@ -135,13 +133,6 @@ def compare_steering(
         resamples=resamples,
         seed=seed,
         meta=meta,
-    )
-
-
-def default_prompts(language: str = "en") -> tuple[str, ...]:
-    """The bundled openings that suggest an emotion or none; in English 100. ValueError for a language without any."""
-    return tuple(
-        text for kind in KINDS if (language == "en" or kind != "everyday") for text in openings(kind, language)
     )
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,6 @@ import numpy as np
 from sae_emotion_plugin.evidence.association import holm
 from sae_emotion_plugin.evidence.curve_groups import (
     CurveEstimate,
-    Resampling,
     cost_weights,
     curve_values,
     group_estimate,
@@ -29,7 +28,8 @@ from sae_emotion_plugin.evidence.dose_curves import (
     effect_at,
     prompt_means,
 )
-from sae_emotion_plugin.evidence.resampling import check_resampling
+from sae_emotion_plugin.evidence.resampling import Resampling, check_resampling
+from sae_emotion_plugin.generation.records import mean_of_known
 from sae_emotion_plugin.steering_studies.method_effects import MethodEffect, MethodEffects, NullComparison
 from sae_emotion_plugin.steering_studies.sweep_scores import SweepScores
 
@@ -169,8 +169,8 @@ def _effect(
         plain=unmasked.value,
         wrong_way=float((of_prompts < 0).mean()) if len(of_prompts) else None,
         quantiles=tuple(np.quantile(of_prompts, QUANTILES).tolist()) if len(of_prompts) else None,
-        degenerate_excess=_mean(float(_dose_means(loop) @ weights) for _, loop, weights in reached),
-        dose=_mean(float(np.array(curve.doses) @ weights) for curve, _, weights in reached),
+        degenerate_excess=mean_of_known(float(_dose_means(loop) @ weights) for _, loop, weights in reached),
+        dose=mean_of_known(float(np.array(curve.doses) @ weights) for curve, _, weights in reached),
         reach=max(reach(curve) for curve in curves),
         left_out=sum(curve.left_out for curve in curves),
     )
@@ -239,8 +239,3 @@ def _corrected(rows: Sequence[Any], p: str, p_holm: str) -> list[Any]:
         for place, value in zip(places, adjusted.tolist(), strict=True):
             corrected[place] = replace(rows[place], **{p_holm: value})
     return corrected
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    known = list(values)
-    return math.fsum(known) / len(known) if known else None

@@ -41,7 +41,7 @@ from sae_emotion_plugin.steering_studies.paired_changes import (
     shown_interval,
 )
 from sae_emotion_plugin.steering_studies.self_repair import LogitEffect, Repair, propagation
-from sae_emotion_plugin.steering_studies.success import EKMAN, PROMOTED
+from sae_emotion_plugin.steering_studies.success import PROMOTED, basic_emotion
 from sae_emotion_plugin.steering_studies.sweep import Variant, score_texts, write_texts
 from sae_emotion_plugin.tables import text_table
 
@@ -299,7 +299,7 @@ def matched_sets(
 
 
 def _openings_of(emotion: str) -> tuple[str, ...]:
-    basic = next((one for one, labels in EKMAN.items() if emotion in labels.split()), emotion)
+    basic = basic_emotion(emotion)
     if basic not in OPENING_KINDS:
         raise ValueError(f"no openings for {emotion!r} (there are some for {', '.join(OPENING_KINDS)}); give prompts=")
     return openings(basic)

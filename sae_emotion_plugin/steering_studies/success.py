@@ -122,9 +122,14 @@ def steering_success(
     return _judged(judge, measures, features_with_emotions, written, promoted)
 
 
+def basic_emotion(emotion: str) -> str:
+    """The basic emotion that an emotion of GoEmotions belongs to (`EKMAN`); others are their own."""
+    return next((basic for basic, labels in EKMAN.items() if emotion in labels.split()), emotion)
+
+
 def measure_of(judge: Judge, emotion: str) -> tuple[str, int]:
     """The judge's measure for an emotion, and its direction (-1 where the emotion lowers it). ValueError if none."""
-    basic = next((one for one, labels in EKMAN.items() if emotion in labels.split()), emotion)
+    basic = basic_emotion(emotion)
     for measure in (emotion, basic):
         if measure in judge.emotions:
             return measure, 1

@@ -5,7 +5,6 @@ What is found in them (dose-response, methods, combinations) is the business of 
 
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +16,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sae_emotion_plugin.activations import HookedModel
-from sae_emotion_plugin.discovery.scores import FeatureScore, FeatureScores
-from sae_emotion_plugin.discovery.tokens import with_promoted_tokens
-from sae_emotion_plugin.files import write_whole
+from sae_emotion_plugin.discovery.tokens import FeatureTokens, lens_tokens
 from sae_emotion_plugin.generation.continuations import Request, complete
 from sae_emotion_plugin.interventions.plans import SteeringPlan, check_plan, dictionary_sha256, model_sha256
 from sae_emotion_plugin.judges.judge import VALENCE, Judge
@@ -27,10 +24,9 @@ from sae_emotion_plugin.judges.masking import Mask, emotion_mask
 from sae_emotion_plugin.judges.names import judges_for
 from sae_emotion_plugin.models import model_identity
 from sae_emotion_plugin.sparse_codes import checked_hook, token_settings
+from sae_emotion_plugin.steering_studies.kept_texts import KeptText, read_texts, save_texts
 from sae_emotion_plugin.steering_studies.sweep_scores import SweepScore, SweepScores
 from sae_emotion_plugin.text_costs import is_degenerate
-
-logger = logging.getLogger(__name__)
 
 UNSTEERED = ""
 """Stands for the variant of the texts without any steering; their dose is 0."""
@@ -136,7 +132,7 @@ def write_texts(
     }
     unsteered = _Cell(variants[0].dictionary, None)
     cells = [[unsteered], *_calls(variants, max(1, BATCH_ROWS // (len(prompts) * len(seeds))))]
-    written: dict[_Cell, list[_Row]] = {}
+    written: dict[_Cell, list[KeptText]] = {}
     with tqdm(total=sum(map(len, cells)), desc="sweep", unit="cell", disable=not progress) as bar:
         for some in cells:
             for cell in some:
@@ -227,10 +223,6 @@ def score_texts(
     return SweepScores(meta, tuple(rows))
 
 
-_Row = tuple[str, float | None, bool]
-"""Text, likelihood and whether it loops."""
-
-
 @dataclass(frozen=True, eq=False)
 class _Cell:
     """All texts of one plan of a dictionary, or the unsteered ones: what is kept in one file."""
@@ -254,27 +246,16 @@ class _Cell:
         key = json.dumps({**settings, **self._identity}, sort_keys=True)
         return Path(folder) / f"cell-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
-    def read(self, folder: str | Path | None, settings: Mapping[str, Any]) -> list[_Row] | None:
+    def read(self, folder: str | Path | None, settings: Mapping[str, Any]) -> list[KeptText] | None:
         """The texts kept in the folder; None where there are none, or the file holds something else."""
-        if folder is None or not (path := self._path(folder, settings)).exists():
+        if folder is None:
             return None
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            rows = [(str(text), nll if nll is None else float(nll), bool(loops)) for text, nll, loops in data["rows"]]
-            if data["made_of"] != {**settings, **self._identity}:
-                raise ValueError("it was made of something else")
-            if len(rows) != (n := len(settings["prompts"]) * len(settings["seeds"])):
-                raise ValueError(f"it has {len(rows)} texts for {n} prompts and seeds")
-        except (ValueError, KeyError, TypeError) as error:
-            logger.warning("%s is damaged and is made anew: %r", path, error)
-            return None
-        return rows
+        n = len(settings["prompts"]) * len(settings["seeds"])
+        return read_texts(self._path(folder, settings), {**settings, **self._identity}, n)
 
-    def save(self, folder: str | Path | None, settings: Mapping[str, Any], rows: Sequence[_Row]) -> None:
+    def save(self, folder: str | Path | None, settings: Mapping[str, Any], rows: Sequence[KeptText]) -> None:
         if folder is not None:
-            data = {"made_of": {**settings, **self._identity}, "rows": rows}
-            text = json.dumps(data, ensure_ascii=False, allow_nan=False, indent=1)
-            write_whole(self._path(folder, settings), text + "\n")
+            save_texts(self._path(folder, settings), {**settings, **self._identity}, rows)
 
 
 def _calls(variants: Sequence[Variant], together: int) -> Iterator[list[_Cell]]:
@@ -295,7 +276,7 @@ def _calls(variants: Sequence[Variant], together: int) -> Iterator[list[_Cell]]:
         yield from (cells[first : first + together] for first in range(0, len(cells), together))
 
 
-def _written(model: HookedModel, cells: Sequence[_Cell], settings: Mapping[str, Any]) -> list[list[_Row]]:
+def _written(model: HookedModel, cells: Sequence[_Cell], settings: Mapping[str, Any]) -> list[list[KeptText]]:
     """The texts of each cell; all cells have one dictionary."""
     if not cells:
         return []
@@ -365,12 +346,10 @@ def _masks(model: HookedModel, variants: Sequence[Variant]) -> dict[tuple[str, f
     made: dict[tuple[str, ...], Mask] = {}
     masks = {}
     for variant in variants:
-        known: dict[int, FeatureScore] = {}
+        known: dict[int, FeatureTokens] = {}
         if variant.blanked is None:
             features = sorted({feature for plan in variant.plans for feature in plan.features})
-            empty = [FeatureScore("", feature, 0.5, None, 1.0, 1.0, 0.0, 0.0) for feature in features]
-            scores = with_promoted_tokens(FeatureScores({}, tuple(empty)), model, variant.dictionary, PROMOTED)
-            known = {row.feature: row for row in scores.rows}
+            known = lens_tokens(model, variant.dictionary, features, PROMOTED)
         for plan in variant.plans:
             tokens = variant.blanked
             if tokens is None:

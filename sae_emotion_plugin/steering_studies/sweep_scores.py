@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from sae_emotion_plugin.evidence.dose_curves import DoseCurve, DosePoint
+from sae_emotion_plugin.generation.records import mean_of_known
 from sae_emotion_plugin.result_table import ResultTable
 
 LINES_SHOWN = 40
@@ -113,9 +114,9 @@ class SweepScores(ResultTable):
             cells.setdefault((row.variant, row.dose, row.judge, row.measure), []).append(row)
         lines = []
         for (variant, dose, judge, measure), rows in list(cells.items())[:LINES_SHOWN]:
-            cost = _mean([row.log_perplexity_ratio for row in rows])
+            cost = mean_of_known(row.log_perplexity_ratio for row in rows)
             before, after = (sum(values) / len(rows) for values in zip(*map(_loops, rows), strict=True))
-            changes = (_mean([row.change for row in rows]), _mean([row.masked_change for row in rows]))
+            changes = (mean_of_known(row.change for row in rows), mean_of_known(row.masked_change for row in rows))
             shown = ("-" if one is None else f"{one:+.3f}" for one in changes)
             ratio = "-" if cost is None else f"x{math.exp(cost):.2f}"
             lines.append(
@@ -126,8 +127,3 @@ class SweepScores(ResultTable):
 
 def _loops(row: SweepScore) -> tuple[bool, bool]:
     return row.baseline_degenerate, row.degenerate
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
