@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from click.testing import CliRunner, Result
@@ -21,6 +22,22 @@ def refused(*arguments: str) -> str:
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1, result.stderr
     return lines[0]
+
+
+def test_the_choices_offered_are_those_that_the_library_has() -> None:
+    # Repeated there, since `--help` may not import what defines them.
+    from sae_emotion_plugin.activations import Pooling
+    from sae_emotion_plugin.interventions.exports import FORMS
+    from sae_emotion_plugin.interventions.plans import Mode, Unit
+
+    def offered(command: str, option: str) -> tuple[str, ...]:
+        (found,) = (one for one in main.commands[command].params if one.name == option)
+        return tuple(found.type.choices)  # type: ignore[attr-defined]
+
+    assert offered("steer", "mode") == get_args(Mode)
+    assert offered("steer", "unit") == get_args(Unit)
+    assert offered("export", "form") == FORMS
+    assert offered("discover", "pooling") == (*get_args(Pooling), "choose")
 
 
 @pytest.fixture
