@@ -1,21 +1,22 @@
 """Intervals by resampling whole clusters, comparisons of two methods with a margin, and the mean that fits ratios.
 
-Arrays in, numbers out; no model, no torch. Intervals are studentised (bootstrap-t: Efron & Tibshirani 1993, ch. 12),
-because percentile intervals are too short with few clusters (Hesterberg 2015, section 3). Coverage of nominal 95 %
-intervals in 1,000 simulated data sets each, normal / skewed (exponential) / half zeros / heavy-tailed (t, 3 degrees of
-freedom) cluster effects, three values a cluster:
+Arrays in, numbers out; no model, no torch. An interval of a mean reaches, on each side, as far as the farther of two
+ends: the studentised bootstrap's (bootstrap-t: Efron & Tibshirani 1993, ch. 12), which is too short for heavy tails,
+and Student's t, which is too short for skewed values. Percentile intervals are too short with few clusters (Hesterberg
+2015, section 3). Coverage of nominal 95 % intervals in 1,000 simulated data sets each, normal / skewed (exponential) /
+heavy-tailed (t, 3 degrees of freedom) cluster effects, three values a cluster:
 
-    clusters   percentile                   studentised
-    10         90.9 / 86.7 / 89.2 / 89.9    95.3 / 92.7 / 94.9 / 94.4
-    20         94.2 / 90.6 / 92.8 / 91.3    95.3 / 94.3 / 96.1 / 92.5
-    50         93.6 / 92.4 / 94.9 / 92.7    95.1 / 93.9 / 95.6 / 91.9
+    clusters   percentile           studentised          Student's t          the farther of the last two
+    10         90.9 / 86.7 / 89.9   96.1 / 92.8 / 93.5   95.8 / 91.0 / 95.6   97.0 / 93.8 / 96.2
+    20         94.2 / 90.6 / 91.3   94.4 / 93.7 / 92.2   94.7 / 91.5 / 95.3   95.3 / 95.0 / 95.7
+    50         93.6 / 92.4 / 92.7   95.7 / 93.7 / 92.1   95.7 / 93.3 / 94.2   96.2 / 95.4 / 94.5
 
-What it costs: with 10 clusters a studentised interval is about 1.3 times as long as the percentile interval, and with
-yes/no values and 10 clusters it covers 99 %.
+What it costs: intervals 4 to 14 % longer than Student's for normal effects, and with yes/no values and 10 clusters they
+cover 99 %.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -129,7 +130,7 @@ def bootstrap_mean_interval(
     squares = drawn[:, 2] - 2 * means * drawn[:, 3] + means**2 * drawn[:, 4]
     errors = np.sqrt(np.maximum(squares, 0) * correction) / drawn[:, 1]
     error = float(np.sqrt((sums**2).sum() * correction) / counts.sum())
-    return studentised_interval(mean, error, mean + means, errors, n_groups=n_groups, level=level)
+    return _interval_of_mean(mean, error, mean + means, errors, n_groups, level)
 
 
 def hierarchical_interval(
@@ -147,7 +148,7 @@ def hierarchical_interval(
     seeds, and several values of one prompt and seed are averaged first. Give paired differences (steered minus
     unsteered with the same prompt and seed). Resampling on two levels counts the seeds' noise twice, so that
     percentile ends would cover 97.5 % where seeds dominate and 89.6 % where prompts do (10 prompts, 3 seeds);
-    studentised ones, with the error recomputed in each resample, covered 94.5 % and 95.3 %.
+    studentised ones, with the error recomputed in each resample and no shorter than Student's, cover 95.7 to 97.0 %.
     ValueError for values that are not finite, unequal lengths and fewer than 2 prompts.
     """
     array = checked_values(values, "values")
@@ -166,7 +167,7 @@ def hierarchical_interval(
         errors.append(slots.std(axis=1, ddof=1) / np.sqrt(n_prompts))
     error = float(by_prompt.std(ddof=1) / np.sqrt(n_prompts))
     replicates = np.concatenate(means), np.concatenate(errors)
-    return studentised_interval(float(by_prompt.mean()), error, *replicates, n_groups=n_prompts, level=level)
+    return _interval_of_mean(float(by_prompt.mean()), error, *replicates, n_prompts, level)
 
 
 def compare_hierarchical(
@@ -234,8 +235,26 @@ def studentised_interval(
         if np.isfinite(low) and np.isfinite(high):
             ends = float(estimate - high * error), float(estimate - low * error)
             return Interval(estimate, *ends, level, "studentised", n_groups)
-    half = float(student_t.ppf((1 + level) / 2, n_groups - 1)) * error
+    half = _student_half(error, n_groups, level)
     return Interval(estimate, estimate - half, estimate + half, level, "student", n_groups)
+
+
+def _interval_of_mean(
+    mean: float,
+    error: float,
+    replicates: Float[np.ndarray, "resample"],
+    errors: Float[np.ndarray, "resample"],
+    n_groups: int,
+    level: float,
+) -> Interval:
+    """The studentised interval, no end of it nearer than Student's t has it (the module's docstring says why)."""
+    found = studentised_interval(mean, error, replicates, errors, n_groups=n_groups, level=level)
+    half = _student_half(error, n_groups, level)
+    return replace(found, low=min(found.low, mean - half), high=max(found.high, mean + half))
+
+
+def _student_half(error: float, n_groups: int, level: float) -> float:
+    return float(student_t.ppf((1 + level) / 2, n_groups - 1)) * error
 
 
 def drawn_counts(n_groups: int, resamples: int, seed: int) -> Iterator[Float[np.ndarray, "resample group"]]:
