@@ -39,9 +39,9 @@ logger = logging.getLogger(__name__)
 DEMO_PROMPT = "he is such a"
 SIGNS = {"anger": -1, "joy": 1, "sadness": -1}
 """The emotions steered towards, and where valence should go."""
-CONSIDERED = 30
+CONSIDERED = 20
 """Best features of an emotion, by training AUROC, of which the next token is looked at."""
-CANDIDATES = 8
+CANDIDATES = 6
 """Of these, those that move the next token's valence most, tried alone."""
 SCREENING_AMOUNT = 0.1
 FEATURES_PER_EMOTION = 3
