@@ -31,7 +31,7 @@ from sae_emotion_plugin.pages.report import (
     write_report,
 )
 from sae_emotion_plugin.pages.report_views import HUES, feature_groups, hues, openings, pairs
-from sae_emotion_plugin.pages.templates import marked_token, printable
+from sae_emotion_plugin.pages.token_text import marked_token, printable
 
 LENS = {
     "anger": [[" fucking", " damn", " stupid", "!!", " hate", " bullshit", "화났", " idiot"], [" gently", " thank"]],

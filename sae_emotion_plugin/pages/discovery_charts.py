@@ -23,6 +23,7 @@ from sae_emotion_plugin.pages.charts import (
     ticks,
 )
 from sae_emotion_plugin.pages.svg import Place
+from sae_emotion_plugin.pages.token_text import marked
 
 LINE_STYLES = 5
 """Styles of ROC lines that the style sheet tells apart; further lines share the last one."""
@@ -30,7 +31,6 @@ CELL_WIDTH, CELL_HEIGHT = 74, 24
 LENS_LEFT = 52
 LONGEST_TOKEN = 10
 """Columns of text that fit in a cell of the logit lens; a wide character takes two."""
-TOKEN_MARKS = str.maketrans({" ": "␣", "▁": "␣", "\u00a0": "⍽", "\n": "↵", "\r": "␍", "\t": "⇥"})
 
 
 @dataclass(frozen=True)
@@ -180,14 +180,14 @@ def logit_lens_chart(lens: Any) -> Markup:
                 svg.px(left + column * CELL_WIDTH + 1), svg.px(upper + 1), CELL_WIDTH - 2, CELL_HEIGHT - 2
             )
             tip = (
-                f"layer {name}, after {_marked(lens.tokens[column])}: {_marked(token)}, probability "
+                f"layer {name}, after {marked(lens.tokens[column])}: {marked(token)}, probability "
                 f"{number(strength, 3)}, entropy {number(lens.entropy[row, column])} nats"
             )
             word = svg.text(left + (column + 0.5) * CELL_WIDTH, upper + 16, _fitted(token), "token", "middle")
             parts.append(cell.format(tip, f"{strength:.2f}", place, word))
     height = top + CELL_HEIGHT * len(lens.layers) + 8
     outputs = ", ".join(
-        f"{_marked(token)} ({number(finite(p), 2)})"
+        f"{marked(token)} ({number(finite(p), 2)})"
         for token, p in zip(lens.top[last], lens.probability[last], strict=True)
     )
     label = f"Likeliest next token at {len(lens.layers)} layers for {len(lens.tokens)} tokens; output: {outputs}"
@@ -198,18 +198,14 @@ def _line_style(index: int) -> str:
     return f"roc-{min(index, LINE_STYLES - 1)}"
 
 
-def _marked(token: str) -> str:
-    return token.translate(TOKEN_MARKS) or "∅"
-
-
 def _fitted(token: str) -> str:
     """The token with visible spaces, cut to the width of a cell."""
-    marked, taken = _marked(token), 0
-    for i, character in enumerate(marked):
+    shown, taken = marked(token), 0
+    for i, character in enumerate(shown):
         taken += 2 if unicodedata.east_asian_width(character) in "WF" else 1
         if taken > LONGEST_TOKEN:
-            return marked[: max(1, i - 1)] + "…"
-    return marked
+            return shown[: max(1, i - 1)] + "…"
+    return shown
 
 
 def _or_low(value: object) -> float:

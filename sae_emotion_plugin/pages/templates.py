@@ -4,7 +4,6 @@ import base64
 import hashlib
 import importlib.resources
 import math
-import unicodedata
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -15,6 +14,7 @@ from markupsafe import Markup
 from sae_emotion_plugin.pages import charts
 from sae_emotion_plugin.pages.charts import DASH, finite, number, share
 from sae_emotion_plugin.pages.report_views import silent_share
+from sae_emotion_plugin.pages.token_text import marked_token, printable, reading
 
 META_LABELS = {
     "model_sha256": "Model SHA-256",
@@ -51,7 +51,7 @@ def page_template(name: str, **functions: Any) -> jinja2.Template:
         "number": number,
         "plain": _plain,
         "probability": _probability,
-        "reading": _reading,
+        "reading": reading,
         "share": share,
         "silent_share": silent_share,
         "token": marked_token,
@@ -80,33 +80,6 @@ def render_page(template: jinja2.Template, styles: Sequence[str], script: str = 
 def page_data(name: str) -> str:
     """The text of a file in `data/`."""
     return (importlib.resources.files("sae_emotion_plugin") / "data" / name).read_text(encoding="utf-8").strip()
-
-
-def marked_token(token: str) -> Markup:
-    """`token` with its spaces, line breaks and invisible characters shown as marks."""
-    marks = {" ": "␣", "▁": "␣", "\u00a0": "⍽", "\n": "↵", "\r": "␍", "\t": "⇥"}
-    if not token:
-        return Markup('<span class="ws">empty</span>')
-    lonely = all(unicodedata.category(c) in ("Cf", "Mn") for c in token)
-    parts = []
-    for character in token:
-        invisible = unicodedata.category(character) == "Cf" and (lonely or character not in "\u200c\u200d")
-        mark = f"U+{ord(character):04X}" if invisible else marks.get(character)
-        parts.append(Markup('<span class="ws">{}</span>').format(mark) if mark else Markup.escape(character))
-    return Markup("").join(parts)
-
-
-def printable(text: str) -> str:
-    """`text` with control characters, lone surrogates and direction overrides replaced by visible signs."""
-    return text.translate(_UNPRINTABLE)
-
-
-_UNPRINTABLE = (
-    {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
-    | {code: 0xFFFD for code in (*range(0x80, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF)}
-    | {code: f"⟨U+{code:04X}⟩" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
-    | {0x7F: 0x2421}
-)
 
 
 def _shown(value: object) -> object:
@@ -138,14 +111,6 @@ def _plain(value: object) -> object:
             return number(real, 0) if abs(real) >= 10_000 else amount(real)
         return number(value) if real is None or abs(real) >= 1 else amount(real)
     return ", ".join(str(_plain(item)) for item in value) if isinstance(value, list | tuple) else value
-
-
-def _reading(token: str) -> Markup:
-    """`token` as it reads in running text; a line break, or a token of nothing but space, gets its mark."""
-    if not token.strip(" ▁"):
-        return marked_token(token)
-    parts = [Markup.escape(part) for part in token.replace("▁", " ").split("\n")]
-    return Markup('<span class="ws">↵</span>\n').join(parts)
 
 
 def _probability(value: object) -> str:
