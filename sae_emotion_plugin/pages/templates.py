@@ -50,7 +50,7 @@ def page_template(name: str, **functions: Any) -> jinja2.Template:
         "label": label,
         "number": number,
         "plain": _plain,
-        "probability": _probability,
+        "probability": probability,
         "reading": reading,
         "share": share,
         "silent_share": silent_share,
@@ -113,7 +113,8 @@ def _plain(value: object) -> object:
     return ", ".join(str(_plain(item)) for item in value) if isinstance(value, list | tuple) else value
 
 
-def _probability(value: object) -> str:
+def probability(value: object) -> str:
+    """A probability to three decimals; a small one only as such."""
     real = finite(value)
     return DASH if real is None else "< 0.001" if real < 0.001 else number(real, 3)
 
