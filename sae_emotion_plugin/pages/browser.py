@@ -137,7 +137,7 @@ def feature_view(
 def _dashboard_view(dashboard: FeatureDashboard) -> dict[str, Any]:
     related = [
         ("Features, by correlation", "feature", dashboard.correlated_features),
-        ("Dimensions of the activations, by correlation", "dimension", dashboard.correlated_neurons),
+        ("Dimensions, by correlation", "dimension", dashboard.correlated_neurons),
     ]
     charts = [
         _histogram("Activations, where it fires", dashboard.activations, "tokens"),
@@ -183,7 +183,9 @@ def _group(group: SequenceGroup, maximum: float) -> dict[str, Any]:
     if group.lowest is None:
         title = f"The strongest {n}" if n > 1 else "The strongest"
     else:
-        title = f"{n} from {amount(group.lowest)} to {amount(group.highest)}, where {share(group.share)} of tokens lie"
+        noun = "sample" if n == 1 else "samples"
+        ends = f"{amount(group.lowest)} to {amount(group.highest)}"
+        title = f"{n} {noun} from {ends} ({amount(100 * (group.share or 0.0))} % of all tokens)"
     rows = [_text(one, maximum) for one in group.sequences]
     return {"title": title, "open": group.lowest is None, "rows": rows}
 
@@ -191,20 +193,20 @@ def _group(group: SequenceGroup, maximum: float) -> dict[str, Any]:
 def _text(sequence: ActivatingSequence, maximum: float) -> dict[str, Any]:
     """The text around its strongest token: what fires as word, strength and value, the rest in one piece."""
     start, end = max(0, sequence.strongest - TOKENS_BEFORE), sequence.strongest + TOKENS_AFTER + 1
-    pieces: list[Any] = ["… "] if start else []
+    pieces: list[Any] = ["… " if start else ""]
     for token, value in zip(sequence.tokens[start:end], sequence.values[start:end], strict=True):
-        word = in_a_row(token)
         if value > 0:
             strength = round(min(1.0, value / maximum), 3) if maximum > 0 else 0.0
-            pieces.append([word, max(strength, 0.001), f"{marked(token)}: {amount(value)}"])
-        elif pieces and isinstance(pieces[-1], str):
-            pieces[-1] += word
+            pieces += [[in_a_row(token), max(strength, 0.001), f"{marked(token)}: {amount(value)}"], ""]
         else:
-            pieces.append(word)
-    if end < len(sequence.tokens):
-        pieces.append(" …")
+            pieces[-1] += in_a_row(token)
+    pieces[-1] += " …" if end < len(sequence.tokens) else ""
     note = f"{amount(sequence.maximum)} at {marked(sequence.tokens[sequence.strongest])}"
-    return {"tokens": pieces, "note": note, "language": language("".join(sequence.tokens))}
+    return {
+        "tokens": [piece for piece in pieces if piece],
+        "note": note,
+        "language": language("".join(sequence.tokens)),
+    }
 
 
 def _effect(one: TokenEffect) -> list[str]:
