@@ -82,7 +82,7 @@ def dashboard(feature: int = 7, **changes: Any) -> FeatureDashboard:
 
 
 def a_label(feature: int = 7, **changes: Any) -> FeatureLabel:
-    statistics = {"auroc": 0.84, "held_out_auroc": 0.8125, "q": 1e-9, "rate_in": 0.6, "corpus": "GoEmotions"}
+    statistics = {"corpus": "GoEmotions", "rate_in": 0.6, "q": 1e-9, "held_out_auroc": 0.8125, "auroc": 0.84}
     made = FeatureLabel(feature, ("joy",), "people are happy", statistics, "discover", "1", "maintainers")
     return replace(made, **changes)
 
@@ -134,13 +134,13 @@ def test_labels_of_several_authors_stand_beside_each_other_with_their_figures() 
     first, second = shown["labels"]
     assert (first["text"], first["by"]) == ("people are happy", "maintainers · discover 1")
     assert first["statistics"] == [
-        ["AUROC, training", "0.84"],
-        ["AUROC, held out", "0.8125"],
+        ["AUROC, training", "0.840"],
+        ["AUROC, held out", "0.812"],
         ["q", "< 0.001"],
         ["Fires in class", "60\u00a0%"],
         ["Corpus", "GoEmotions"],
     ]
-    assert second["statistics"] == [["AUROC, held out, relief", "0.7"]]
+    assert second["statistics"] == [["AUROC, held out, relief", "0.700"]]
 
 
 def test_emotions_to_filter_by_carry_the_number_of_their_features() -> None:

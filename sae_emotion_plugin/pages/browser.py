@@ -120,7 +120,7 @@ def feature_view(
             {
                 "text": one.text,
                 "by": " · ".join(filter(None, (one.author, f"{one.method} {one.version}".strip()))) or DASH,
-                "statistics": [[*_statistic(name, value)] for name, value in one.statistics.items()],
+                "statistics": [[*_statistic(name, one.statistics[name])] for name in sorted(one.statistics, key=_rank)],
             }
             for one in labels
         ],
@@ -218,6 +218,12 @@ def _related(one: Correlation, kind: str) -> list[Any]:
     return [f"{kind} {one.index}", number(one.pearson, 2, True), one.index if kind == "feature" else None]
 
 
+def _rank(name: str) -> tuple[int, str]:
+    """Well-known figures first, in the order of `STATISTICS`."""
+    known, plain = [*STATISTICS], name.partition(":")[0]
+    return (known.index(plain) if plain in known else len(known), name)
+
+
 def _statistic(name: str, value: float | int | str | None) -> tuple[str, str]:
     plain, _, of = name.partition(":")
     title = STATISTICS.get(plain, label(plain)) + (f", {of}" if of else "")
@@ -225,6 +231,8 @@ def _statistic(name: str, value: float | int | str | None) -> tuple[str, str]:
         return title, value
     if plain in ("q", "p"):
         return title, probability(value)
+    if plain in ("auroc", "held_out_auroc"):
+        return title, number(value, 3)
     if plain in ("rate_in", "rate_out"):
         return title, share(value)
     return title, amount(value)
