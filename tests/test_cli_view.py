@@ -1,6 +1,7 @@
 """The command `sae-emotion view`: whose labels and which dashboards it shows, and what it refuses."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def test_the_labels_and_links_of_a_registered_dictionary_are_shown_with_given_da
     assert feature["id"] == JOY and feature["labels"][0]["text"] == "its own label"
     assert feature["url"] == f"https://www.neuronpedia.org/m/0-x/{JOY}"
     words = [piece for piece in feature["texts"][0]["rows"][0]["tokens"] if isinstance(piece, list)]
+    assert re.search(r"<dt>Tokens</dt><dd>\d+</dd>", out.read_text(encoding="utf-8"))
     assert any("joy" in word for word, _, _ in words)
 
 

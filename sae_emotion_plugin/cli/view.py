@@ -82,7 +82,7 @@ def _finished(folder: Path, features: Sequence[int]) -> "tuple[list[FeatureDashb
     from sae_emotion_plugin.dashboards.types import Dashboards
 
     dashboards = Dashboards.load(folder)
-    return [dashboards.feature(feature) for feature in features], dashboards.meta
+    return [dashboards.feature(feature) for feature in features], _facts(dashboards.meta)
 
 
 def _made(dictionary: str, model: str, features: Sequence[int]) -> "tuple[list[FeatureDashboard], dict[str, Any]]":
@@ -99,4 +99,13 @@ def _made(dictionary: str, model: str, features: Sequence[int]) -> "tuple[list[F
         raise ValueError(f"there is no feature {features[-1]} (valid: 0 to {sae.cfg.d_sae - 1})")
     with tempfile.TemporaryDirectory() as folder:
         dashboards = build_dashboards(load_model(model), sae, LabelledTexts.bundled(), folder)
-        return [dashboards.feature(feature) for feature in features], {"texts": "bundled", **dashboards.meta}
+        return [dashboards.feature(feature) for feature in features], {
+            "corpus": "bundled texts",
+            **_facts(dashboards.meta),
+        }
+
+
+def _facts(meta: dict[str, Any]) -> dict[str, Any]:
+    """What a reader wants to know of how the dashboards were made, with counts named as what they count."""
+    names = {"n_texts": "texts", "n_sequences": "sequences", "n_tokens": "tokens"}
+    return {names.get(key, key): value for key, value in meta.items() if key not in ("format", "block_texts", "key")}
