@@ -27,12 +27,11 @@ from sae_emotion_plugin.pages.report import (
     ScoreDistribution,
     broken_bounds,
     headline,
-    marked_token,
-    printable,
     render,
     write_report,
 )
 from sae_emotion_plugin.pages.report_views import HUES, feature_groups, hues, openings, pairs
+from sae_emotion_plugin.pages.token_text import marked_token, printable
 
 LENS = {
     "anger": [[" fucking", " damn", " stupid", "!!", " hate", " bullshit", "화났", " idiot"], [" gently", " thank"]],

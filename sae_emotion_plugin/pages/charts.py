@@ -1,19 +1,19 @@
 """Small inline SVG charts, drawn in Python; every colour comes from the page's style sheet."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 
 from markupsafe import Markup
 
+from sae_emotion_plugin.pages import svg
+from sae_emotion_plugin.pages.svg import Place
+
 DASH = "–"
 """Stands for a missing value everywhere on the page."""
 MINUS = "−"
 Number = float | int | None
-Place = float | int
-
-_Scale = Callable[[Place], float]
 
 
 def number(value: object, digits: int = 2, signed: bool = False) -> str:
@@ -70,46 +70,46 @@ def histogram_shares(values: Sequence[Place], edges: Sequence[Place]) -> tuple[f
 
 def dot_plot(train: Number, held_out: Number, low: float = 0.5, high: float = 1.0) -> Markup:
     """One row of an AUROC dot plot: hollow dot for the training half, filled dot for the held-out half."""
-    x = _linear(low, high, 8, 192)
-    parts = [_line("grid", x(tick), 3, x(tick), 19) for tick in ticks(low, high, 6)]
-    parts.append(_line("axis", 8, 11, 192, 11))
+    x = svg.linear(low, high, 8, 192)
+    parts = [svg.line("grid", x(tick), 3, x(tick), 19) for tick in ticks(low, high, 6)]
+    parts.append(svg.line("axis", 8, 11, 192, 11))
     seen, unseen = finite(train), finite(held_out)
     if seen is not None and unseen is not None:
-        parts.append(_line("span", x(seen), 11, x(unseen), 11))
+        parts.append(svg.line("span", x(seen), 11, x(unseen), 11))
     if seen is not None:
-        parts.append(_dot("hollow", x(seen), 11, 4.2))
+        parts.append(svg.dot("hollow", x(seen), 11, 4.2))
     if unseen is not None:
-        parts.append(_dot("solid", x(unseen), 11, 4.6))
+        parts.append(svg.dot("solid", x(unseen), 11, 4.6))
     label = f"AUROC {number(train)} on the training half, {number(held_out)} on the held-out half"
-    return _svg(200, 22, label, parts, "dots")
+    return svg.drawing(200, 22, label, parts, "dots")
 
 
 def dot_axis(low: float = 0.5, high: float = 1.0) -> Markup:
     """The tick labels that belong below a column of `dot_plot` rows."""
-    x = _linear(low, high, 8, 192)
-    parts = [_text(x(tick), 11, number(tick, 1), "tick", "middle") for tick in ticks(low, high, 6)]
-    return _svg(200, 15, f"AUROC axis from {number(low, 1)} to {number(high, 1)}", parts, "dots")
+    x = svg.linear(low, high, 8, 192)
+    parts = [svg.text(x(tick), 11, number(tick, 1), "tick", "middle") for tick in ticks(low, high, 6)]
+    return svg.drawing(200, 15, f"AUROC axis from {number(low, 1)} to {number(high, 1)}", parts, "dots")
 
 
 def interval_plot(effect: Number, low: Number, high: Number, domain: tuple[Place, Place]) -> Markup:
     """One row of a forest plot: the effect as a dot, its interval as a bar, and a line at zero."""
-    x = _linear(*domain, 8, 212)
-    parts = [_line("axis", 8, 12, 212, 12), _line("zero", x(0.0), 1, x(0.0), 23)]
+    x = svg.linear(*domain, 8, 212)
+    parts = [svg.line("axis", 8, 12, 212, 12), svg.line("zero", x(0.0), 1, x(0.0), 23)]
     left, right, middle = finite(low), finite(high), finite(effect)
     if left is not None and right is not None:
-        parts.append(_box("interval", x(left), 9, max(1.0, x(right) - x(left)), 6, 3))
+        parts.append(svg.box("interval", x(left), 9, max(1.0, x(right) - x(left)), 6, 3))
     if middle is not None:
-        parts.append(_dot("solid", x(middle), 12, 5))
+        parts.append(svg.dot("solid", x(middle), 12, 5))
     ends = f"{number(low, 2, True)} to {number(high, 2, True)}"
     label = f"Mean valence shift {number(effect, 2, True)}, interval {ends}"
-    return _svg(220, 24, label, parts, "forest")
+    return svg.drawing(220, 24, label, parts, "forest")
 
 
 def bar(value: Number, maximum: Place) -> Markup:
     """A horizontal bar for a value between 0 and `maximum`."""
     filled = min(1.0, max(0.0, (finite(value) or 0.0) / maximum)) if maximum > 0 else 0.0
-    parts = [_box("track", 0, 0, 200, 6, 3), _box("fill", 0, 0, 200 * filled, 6, 3)]
-    return _svg(200, 6, f"{number(value)} of {number(maximum)}", parts, "bar")
+    parts = [svg.box("track", 0, 0, 200, 6, 3), svg.box("fill", 0, 0, 200 * filled, 6, 3)]
+    return svg.drawing(200, 6, f"{number(value)} of {number(maximum)}", parts, "bar")
 
 
 def histogram(in_class: Sequence[Number], out_class: Sequence[Number], n_bins: int = 18) -> Markup:
@@ -123,29 +123,29 @@ def histogram(in_class: Sequence[Number], out_class: Sequence[Number], n_bins: i
     top = max([0.0, *inside, *outside])
     label = f"Histogram of held-out activations: {len(inside)} texts in class, {len(outside)} out of class"
     if top <= 0:
-        return _svg(320, 142, label, [_text(160, 70, "silent on every text", "tick", "middle")], "plot")
+        return svg.drawing(320, 142, label, [svg.text(160, 70, "silent on every text", "tick", "middle")], "plot")
     left, right, base, ceiling = 34, 312, 112, 10
     edges = [top * i / n_bins for i in range(n_bins + 1)]
     shares_in, shares_out = histogram_shares(inside, edges), histogram_shares(outside, edges)
     y_max = max(*shares_in, *shares_out) * 1.05
-    x, y = _linear(0, top, left, right), _linear(0, y_max, base, ceiling)
+    x, y = svg.linear(0, top, left, right), svg.linear(0, y_max, base, ceiling)
     parts = []
     steps = ticks(0, y_max, 4)
     for step in steps:
-        parts.append(_line("grid", left, y(step), right, y(step)))
-        shown = number(step * 100, _digits([v * 100 for v in steps])) + "%"
-        parts.append(_text(left - 5, y(step) + 3.5, shown, "tick", "end"))
+        parts.append(svg.line("grid", left, y(step), right, y(step)))
+        shown = number(step * 100, tick_digits([v * 100 for v in steps])) + "%"
+        parts.append(svg.text(left - 5, y(step) + 3.5, shown, "tick", "end"))
     for i, height in enumerate(shares_in):
         if height > 0:
             width = x(edges[i + 1]) - x(edges[i]) - 1
-            parts.append(_box("in", x(edges[i]) + 0.5, y(height), width, base - y(height), 0))
-    outline = "".join(f"V{_px(y(height))}H{_px(x(edges[i + 1]))}" for i, height in enumerate(shares_out))
-    parts.append(_shape("out", f"M{left} {base}{outline}V{base}"))
-    parts.append(_line("axis", left, base, right, base))
+            parts.append(svg.box("in", x(edges[i]) + 0.5, y(height), width, base - y(height), 0))
+    outline = "".join(f"V{svg.px(y(height))}H{svg.px(x(edges[i + 1]))}" for i, height in enumerate(shares_out))
+    parts.append(svg.path("out", f"M{left} {base}{outline}V{base}"))
+    parts.append(svg.line("axis", left, base, right, base))
     steps = ticks(0, top)
-    parts += [_text(x(step), base + 14, number(step, _digits(steps)), "tick", "middle") for step in steps]
-    parts.append(_text((left + right) / 2, base + 27, "pooled activation, where it fires", "tick", "middle"))
-    return _svg(320, 142, label, parts, "plot")
+    parts += [svg.text(x(step), base + 14, number(step, tick_digits(steps)), "tick", "middle") for step in steps]
+    parts.append(svg.text((left + right) / 2, base + 27, "pooled activation, where it fires", "tick", "middle"))
+    return svg.drawing(320, 142, label, parts, "plot")
 
 
 @dataclass(frozen=True)
@@ -181,42 +181,42 @@ def stacked_panels(
 ) -> Markup:
     """Panels below one another over one horizontal axis; `marked_x` is a line through all of them."""
     left, right, top = 38.0, 310.0, 20.0
-    x = _linear(*x_domain, left, right)
+    x = svg.linear(*x_domain, left, right)
     parts: list[Markup] = []
     for panel in panels:
         parts += _panel(panel, x, left, right, top)
         top += panel.height + 32
     bottom = top - 32
     if (marked := finite(marked_x)) is not None:
-        parts.insert(0, _line("marked", x(marked), 16, x(marked), bottom))
+        parts.insert(0, svg.line("marked", x(marked), 16, x(marked), bottom))
     steps = ticks(*x_domain, at_most=6)
-    parts += [_text(x(step), bottom + 14, number(step, _digits(steps)), "tick", "middle") for step in steps]
-    parts.append(_text((left + right) / 2, bottom + 29, x_label, "tick", "middle"))
-    return _svg(320, int(bottom + 34), label, parts, "plot")
+    parts += [svg.text(x(step), bottom + 14, number(step, tick_digits(steps)), "tick", "middle") for step in steps]
+    parts.append(svg.text((left + right) / 2, bottom + 29, x_label, "tick", "middle"))
+    return svg.drawing(320, int(bottom + 34), label, parts, "plot")
 
 
-def _panel(panel: Panel, x: _Scale, left: Place, right: Place, top: Place) -> list[Markup]:
+def _panel(panel: Panel, x: svg.Scale, left: Place, right: Place, top: Place) -> list[Markup]:
     (low, high), bottom = panel.domain, top + panel.height
-    y = (_logarithmic if panel.logarithmic else _linear)(low, high, bottom, top)
-    parts = [_text(left - 34, top - 8, panel.title, "panel", "start")]
+    y = (svg.logarithmic if panel.logarithmic else svg.linear)(low, high, bottom, top)
+    parts = [svg.text(left - 34, top - 8, panel.title, "panel", "start")]
     steps = _log_ticks(low, high) if panel.logarithmic else ticks(low, high, 5 if panel.height > 80 else 3)
     for step in steps:
-        parts.append(_line("grid", left, y(step), right, y(step)))
-        shown = number(step, 0 if step >= 1 else 1) if panel.logarithmic else number(step, _digits(steps))
+        parts.append(svg.line("grid", left, y(step), right, y(step)))
+        shown = number(step, 0 if step >= 1 else 1) if panel.logarithmic else number(step, tick_digits(steps))
         shown = share(step).replace("\u00a0", "") if panel.percent else shown
-        parts.append(_text(left - 5, y(step) + 3.5, shown, "tick", "end"))
+        parts.append(svg.text(left - 5, y(step) + 3.5, shown, "tick", "end"))
     if panel.zero_line:
-        parts.append(_line("zero", left, y(0.0), right, y(0.0)))
+        parts.append(svg.line("zero", left, y(0.0), right, y(0.0)))
     if panel.reference is not None and low <= panel.reference <= high:
         height = y(panel.reference)
-        parts.append(_line("bound", left, height, right, height))
-        parts.append(_text(left + 4, height - 3.5, panel.reference_label, "bound-label", "start"))
+        parts.append(svg.line("bound", left, height, right, height))
+        parts.append(svg.text(left + 4, height - 3.5, panel.reference_label, "bound-label", "start"))
     for series in sorted(panel.series, key=lambda series: series.emphasised):
         parts += _series(series, x, y)
     return parts
 
 
-def _series(series: Series, x: _Scale, y: _Scale) -> list[Markup]:
+def _series(series: Series, x: svg.Scale, y: svg.Scale) -> list[Markup]:
     strength = "main" if series.emphasised else "minor"
     points = [(x(a), y(b)) for a, b in zip(series.x, map(_plotted, series.y), strict=True) if b is not None]
     parts: list[Markup] = []
@@ -225,14 +225,15 @@ def _series(series: Series, x: _Scale, y: _Scale) -> list[Markup]:
         band = [(x(a), y(b), y(c)) for a, b, c in ends if b is not None and c is not None]
         if len(band) == 1:
             middle, low, high = band[0]
-            parts.append(_line(f"whisker {strength}", middle, low, middle, high))
+            parts.append(svg.line(f"whisker {strength}", middle, low, middle, high))
         elif band:
             outline = [(a, c) for a, _, c in band] + [(a, b) for a, b, _ in reversed(band)]
-            parts.append(_shape(f"band {strength}", _path(outline) + "Z"))
+            parts.append(svg.path(f"band {strength}", svg.through(outline) + "Z"))
     if len(points) > 1:
-        parts.append(_shape(f"line {strength}", _path(points)))
+        parts.append(svg.path(f"line {strength}", svg.through(points)))
     parts += [
-        _dot(f"point {strength}", a, b, 4.4 if len(points) == 1 else 3 if series.emphasised else 2.6) for a, b in points
+        svg.dot(f"point {strength}", a, b, 4.4 if len(points) == 1 else 3 if series.emphasised else 2.6)
+        for a, b in points
     ]
     return parts
 
@@ -242,57 +243,12 @@ def _plotted(value: Number) -> float | None:
     return math.inf if isinstance(value, float) and value == math.inf else finite(value)
 
 
-def _linear(low: Place, high: Place, start: Place, end: Place) -> _Scale:
-    width = (high - low) or 1.0
-    return lambda value: start + (min(max(value, low), high) - low) / width * (end - start)
-
-
-def _logarithmic(low: Place, high: Place, start: Place, end: Place) -> _Scale:
-    scale = _linear(math.log(low), math.log(high), start, end)
-    return lambda value: scale(math.log(min(max(value, low), high)))
-
-
 def _log_ticks(low: Place, high: Place) -> tuple[float, ...]:
     steps = [factor * 10.0**power for power in range(-3, 4) for factor in (1, 2, 5)]
     within = tuple(step for step in steps if low <= step <= high)
     return within if len(within) <= 5 else tuple(step for step in within if step in steps[::3])
 
 
-def _digits(values: Sequence[Place]) -> int:
+def tick_digits(values: Sequence[Place]) -> int:
+    """How many decimals the labels of an axis need, at most six."""
     return next((d for d in range(6) if all(abs(v - round(v, d)) < 1e-9 for v in values)), 6)
-
-
-def _px(value: Place) -> str:
-    return f"{value:.1f}".rstrip("0").rstrip(".")
-
-
-def _path(points: Sequence[tuple[Place, Place]]) -> str:
-    return "M" + "L".join(f"{_px(a)} {_px(b)}" for a, b in points)
-
-
-def _text(x: Place, y: Place, text: str, style: str, anchor: str) -> Markup:
-    shape = Markup('<text class="{}" x="{}" y="{}" text-anchor="{}">{}</text>')
-    return shape.format(style, _px(x), _px(y), anchor, text)
-
-
-def _line(style: str, x1: Place, y1: Place, x2: Place, y2: Place) -> Markup:
-    shape = Markup('<line class="{}" x1="{}" y1="{}" x2="{}" y2="{}"/>')
-    return shape.format(style, *map(_px, (x1, y1, x2, y2)))
-
-
-def _dot(style: str, x: Place, y: Place, radius: Place) -> Markup:
-    return Markup('<circle class="{}" cx="{}" cy="{}" r="{}"/>').format(style, *map(_px, (x, y, radius)))
-
-
-def _box(style: str, x: Place, y: Place, width: Place, height: Place, radius: Place) -> Markup:
-    shape = Markup('<rect class="{}" x="{}" y="{}" width="{}" height="{}" rx="{}"/>')
-    return shape.format(style, *map(_px, (x, y, width, height, radius)))
-
-
-def _shape(style: str, path: str) -> Markup:
-    return Markup('<path class="{}" d="{}"/>').format(style, path)
-
-
-def _svg(width: int, height: int, label: str, parts: Sequence[Markup], style: str) -> Markup:
-    shape = Markup('<svg class="{}" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>')
-    return shape.format(style, width, height, label, Markup("").join(parts))

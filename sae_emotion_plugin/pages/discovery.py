@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
 from sae_emotion_plugin.discovery.absorption import Absorption
 from sae_emotion_plugin.discovery.layer_scan import LayerScan
@@ -20,9 +19,9 @@ from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.pages import charts, discovery_charts
 from sae_emotion_plugin.pages.charts import finite, number, share
 from sae_emotion_plugin.pages.discovery_charts import RocCurve, auroc_domain, difference_domain, layer_chart
-from sae_emotion_plugin.pages.report import amount, listed, page_data, page_template, printable
 from sae_emotion_plugin.pages.report_content import HighlightedText, ReportContent, ScoreDistribution
 from sae_emotion_plugin.pages.report_views import highlight_groups, hues
+from sae_emotion_plugin.pages.templates import amount, listed, page_template, render_page
 from sae_emotion_plugin.text_lens import LogitLens
 
 LATENT = "latent"
@@ -95,9 +94,12 @@ def write_discovery_page(path: str | Path, content: DiscoveryContent) -> Path:
 def render(content: DiscoveryContent) -> str:
     """The page as HTML, in one file that needs no network; the same content always gives the same text."""
     order = emotions_of(content)
-    page = _template().render(
+    return render_page(
+        _template(),
+        ("report.css", "discovery.css"),
+        title=content.title,
+        meta=content.meta,
         content=content,
-        css=Markup(page_data("report.css") + "\n" + page_data("discovery.css")),
         hue=hues(order).get,
         headline=headline(content),
         facts=facts(content),
@@ -117,7 +119,6 @@ def render(content: DiscoveryContent) -> str:
         ),
         layer_stacks=_layer_stacks(content.layers, order),
     )
-    return printable(page.rstrip()) + "\n"
 
 
 def emotions_of(content: DiscoveryContent) -> tuple[str, ...]:

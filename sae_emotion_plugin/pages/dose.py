@@ -11,21 +11,10 @@ import jinja2
 from markupsafe import Markup
 
 from sae_emotion_plugin.files import write_whole
-from sae_emotion_plugin.pages.charts import (
-    Panel,
-    Series,
-    _dot,
-    _line,
-    _linear,
-    _svg,
-    _text,
-    finite,
-    number,
-    share,
-    stacked_panels,
-)
-from sae_emotion_plugin.pages.report import amount, page_data, page_template, printable
+from sae_emotion_plugin.pages import svg
+from sae_emotion_plugin.pages.charts import Panel, Series, finite, number, share, stacked_panels
 from sae_emotion_plugin.pages.report_views import hues
+from sae_emotion_plugin.pages.templates import amount, page_template, render_page
 from sae_emotion_plugin.steering_studies.dose_effects import PANEL, DoseEffect
 from sae_emotion_plugin.steering_studies.dose_response import WANTED, ChosenDose, Direction, DoseResponse
 
@@ -56,9 +45,10 @@ def render(response: DoseResponse, title: str = "Dose and response") -> str:
     emotions = list(dict.fromkeys(response.meta["variants"][name]["emotion"] for name in variants))
     axes = _axes([row for name in variants for row in response.main(name)], response.meta["bounds"])
     reach = max([SMALLEST_REACH, *(abs(v) for one in response.chosen for v in one.prompt_changes if v is not None)])
-    page = _template().render(
+    return render_page(
+        _template(),
+        ("report.css", "discovery.css"),
         title=title,
-        css=Markup(page_data("report.css") + "\n" + page_data("discovery.css")),
         hue=hues(emotions).get,
         headline=headline(response),
         response=response,
@@ -71,7 +61,6 @@ def render(response: DoseResponse, title: str = "Dose and response") -> str:
         sentence=sentence,
         meta={key: value for key, value in response.meta.items() if key not in ("variants", "choose", "report")},
     )
-    return printable(page.rstrip()) + "\n"
 
 
 def headline(response: DoseResponse) -> str:
@@ -193,16 +182,19 @@ def _choice(response: DoseResponse, variant: str, way: Direction, reach: float) 
 
 def _strip(one: ChosenDose, reach: float) -> Markup:
     """Every prompt's masked change as a dot; those that go the wrong way are hollow."""
-    x = _linear(-reach, reach, 8, 192)
-    parts = [_line("axis", 8, 12, 192, 12), _line("zero", x(0.0), 2, x(0.0), 22)]
+    x = svg.linear(-reach, reach, 8, 192)
+    parts = [svg.line("axis", 8, 12, 192, 12), svg.line("zero", x(0.0), 2, x(0.0), 22)]
     known = [value for value in one.prompt_changes if value is not None]
     wanted = WANTED[one.direction]
-    parts += [_dot("solid" if value * wanted >= 0 else "hollow", x(value), 12, 2.6) for value in sorted(known)]
+    parts += [svg.dot("solid" if value * wanted >= 0 else "hollow", x(value), 12, 2.6) for value in sorted(known)]
     parts += [
-        _text(x(end), 33, number(end, 2, True), "tick", anchor) for end, anchor in ((-reach, "start"), (reach, "end"))
+        svg.text(x(end), 33, number(end, 2, True), "tick", anchor)
+        for end, anchor in ((-reach, "start"), (reach, "end"))
     ]
     wrong = sum(value * wanted < 0 for value in known)
-    return _svg(200, 36, f"Masked change of {len(known)} openings, {wrong} of them the wrong way", parts, "forest")
+    return svg.drawing(
+        200, 36, f"Masked change of {len(known)} openings, {wrong} of them the wrong way", parts, "forest"
+    )
 
 
 def _other_table(response: DoseResponse, variants: Sequence[str]) -> dict[str, Any]:
