@@ -59,7 +59,7 @@ def test_figures_are_those_of_the_report_and_none_is_made_up() -> None:
     assert "l9 loses 25.0% of the variance of its inputs, and 25.0% of the cross-entropy" in card
     empty = model_card(ENTRY, {})
     assert "## Measured" not in empty and "## Training" not in empty and "## Emotions" not in empty
-    assert "loses" not in empty and "How to steer" not in empty
+    assert "loses" not in empty and "with labels of" not in empty and "How to steer" not in empty
     assert "nan" not in model_card(ENTRY, {"l9": CardSources(report={"fvu": float("nan"), "l0": True})}).lower()
 
 

@@ -52,7 +52,7 @@ def model_card(
         datasets: identifiers on the Hub; by default the corpora that the provenance of the dictionaries names.
     """
     sections = [
-        _heading(entry),
+        _heading(entry, sources),
         _how_to_load(entry),
         _metrics(entry, sources),
         _curves(entry, sources),
@@ -102,12 +102,12 @@ def _corpora(sources: Mapping[str, CardSources]) -> list[str]:
     return [name for name in dict.fromkeys(names) if re.fullmatch(r"[A-Za-z0-9][\w-]{0,95}", name, re.ASCII)]
 
 
-def _heading(entry: RegistryEntry) -> str:
+def _heading(entry: RegistryEntry, sources: Mapping[str, CardSources]) -> str:
     many = "a sparse autoencoder" if len(entry.saes) == 1 else f"{len(entry.saes)} sparse autoencoders"
-    return (
-        f"# {markdown(entry.release)}\n\n{many[0].upper()}{many[1:]} of {markdown(entry.model)}, in SAELens's format, "
-        "with labels of the features that tell emotions."
-    )
+    labelled = any(source.labels for source in sources.values())
+    more = ", with labels of features that tell emotions" if labelled else ""
+    line = f"{many[0].upper()}{many[1:]} of {markdown(entry.model)}, in SAELens's format{more}."
+    return f"# {markdown(entry.release)}\n\n{line}"
 
 
 def _how_to_load(entry: RegistryEntry) -> str:
@@ -122,7 +122,7 @@ from sae_lens import SAE
 sae = SAE.from_pretrained({entry.repo_id!r}, {sae.id!r})
 ```
 
-With labels, and every file checked against its SHA-256:
+With every file checked against its SHA-256, and the labels there are:
 
 ```bash
 pip install sae-emotion-plugin
