@@ -1,0 +1,1 @@
+"""What every feature of a dictionary does on a corpus: activating sequences, histograms, logits, correlations."""
