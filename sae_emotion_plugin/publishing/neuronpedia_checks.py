@@ -232,8 +232,8 @@ class _Source:
 
     def _explanation(self, row: Mapping[str, Any]) -> Iterator[str]:
         yield from self._refers(row, "explanations", "authorId")
-        if not 1 <= len(row["description"].strip()) <= LONGEST_LABEL:
-            yield f"description has {len(row['description'])} characters; valid: 1 to {LONGEST_LABEL}"
+        if not 1 <= (length := len(row["description"].strip())) <= LONGEST_LABEL:
+            yield f"description has {length} characters that are not blank; valid: 1 to {LONGEST_LABEL}"
         for key, table in (("typeName", "explanation_type"), ("explanationModelName", "explanation_model_type")):
             if row.get(key) is not None and row[key] not in self.found.names.get(table, ()):
                 yield f"{key} is {row[key]!r}; valid: null, or a name in config/{table}.jsonl"

@@ -46,7 +46,12 @@ def planned_requests(folder: str | Path, *, lists: bool = True, create_model: bo
     Raises ValueError for an export that is not sound, or that the API does not take.
     """
     planned: list[Request] = []
-    for _ in _steps(Path(folder), lists, create_model, collect.append(request) or {"id": "(new)"}):
+
+    def note(request: Request) -> Mapping[str, Any]:
+        planned.append(request)
+        return {"id": "(the new list's)"}
+
+    for _ in send_all(folder, note, lists=lists, create_model=create_model):
         yield from planned
         planned.clear()
 
@@ -80,7 +85,7 @@ def send_all(folder: str | Path, once: Once, *, lists: bool, create_model: bool)
         labels: dict[str, list[dict[str, Any]]] = {}
         for row in read_rows(path / "explanations"):
             labels.setdefault(row["index"], []).append(row)
-        for batch in _batches_uploads(path, labels):
+        for batch in _batches(_uploads(path, labels)):
             once(upload_request(counts.model_id, counts.source_id, batch))
             yield
         for name, items in _lists(counts.model_id, counts.source_id, labels).items() if lists else ():
