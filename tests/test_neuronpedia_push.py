@@ -2,6 +2,7 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -364,14 +365,10 @@ def test_the_official_client_sends_the_same_bodies(
     made: Path, server: NeuronpediaServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = pytest.importorskip("neuronpedia")
-    from neuronpedia.np_activation import Activation
-    from neuronpedia.np_explanation import Explanation
-    from neuronpedia.np_feature import Feature, Logit
-    from neuronpedia.np_list import NPListItem
-    from neuronpedia.requests.base_request import NPRequest
-    from neuronpedia.requests.list_request import ListRequest
-
-    monkeypatch.setattr(NPRequest, "BASE_URL", server.url)
+    names = ("np_activation", "np_explanation", "np_feature", "np_list", "requests.list_request")
+    activation, explanation, feature, lists, list_request = (import_module(f"neuronpedia.{name}") for name in names)
+    monkeypatch.setattr(import_module("neuronpedia.requests.base_request").NPRequest, "BASE_URL", server.url)
+    made_list: Any = None
     for request in planned_requests(made):
         body = request.body
         if request.path == "source-set/new":
@@ -386,24 +383,24 @@ def test_the_official_client_sends_the_same_bodies(
                 body["vectorDefaultSteerStrength"],
             )
         elif request.path == "list/new":
-            made_list = ListRequest().new(body["name"], body["description"])
+            made_list = list_request.ListRequest().new(body["name"], body["description"])
         elif request.path == "list/add-features":
             items = [
-                NPListItem(*(one[key] for key in ("modelId", "layer", "index", "description")))
+                lists.NPListItem(*(one[key] for key in ("modelId", "layer", "index", "description")))
                 for one in body["featuresToAdd"]
             ]
-            ListRequest().add_items(made_list, items)
+            list_request.ListRequest().add_items(made_list, items)
         else:
             place = (body["modelId"], body["source"])
             features = [
-                Feature(
+                feature.Feature(
                     *place,
                     one["index"],
                     one["density"],
-                    [Logit(**logit) for logit in one["topLogits"]],
-                    [Logit(**logit) for logit in one["bottomLogits"]],
-                    [Explanation(*place, one["index"], label["text"]) for label in one["explanations"]],
-                    [Activation(*place, one["index"], **row) for row in one["activations"]],
+                    [feature.Logit(**logit) for logit in one["topLogits"]],
+                    [feature.Logit(**logit) for logit in one["bottomLogits"]],
+                    [explanation.Explanation(*place, one["index"], label["text"]) for label in one["explanations"]],
+                    [activation.Activation(*place, one["index"], **row) for row in one["activations"]],
                 )
                 for one in body["features"]
             ]

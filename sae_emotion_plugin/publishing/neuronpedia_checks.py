@@ -249,7 +249,7 @@ class _Source:
             yield f"{author} is {row[author]!r}; valid: {BOT}"
 
 
-def _even(centres: list[float]) -> bool:
+def _even(centres: list[float | int]) -> bool:
     """Whether the numbers ascend in equal steps, up to rounding."""
     steps = [after - before for before, after in pairwise(centres)]
     width = (centres[-1] - centres[0]) / len(steps) if steps else 1.0

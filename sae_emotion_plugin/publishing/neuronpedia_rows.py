@@ -335,11 +335,11 @@ def _histogram(where: str, name: str, histogram: Histogram) -> dict[str, Any]:
     return {f"{name}_heights": heights, f"{name}_values": centres}
 
 
-def _numbers(where: str, values: Iterable[float]) -> list[float | int]:
+def _numbers(where: str, values: Iterable[float | int]) -> list[float | int]:
     return rounded(where, np.fromiter(values, float))
 
 
-def _number(where: str, value: float) -> float | int:
+def _number(where: str, value: float | int) -> float | int:
     return _numbers(where, [value])[0]
 
 

@@ -4,15 +4,14 @@ import gzip
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-
-from sae_emotion_plugin.feature_labels import storable
 
 BOT = "clkht01d40000jv08hvalcvly"
 """The user that every instance has, and whose activations every instance shows."""
@@ -110,7 +109,7 @@ def row_problems(table: str, row: Mapping[str, Any]) -> tuple[str, ...]:
     problems += [f"{key} is missing" for key, kind in columns.items() if kind.endswith("!") and key not in row]
     for key, value in row.items():
         kind = columns.get(key, "json?")
-        if not (value is None and kind.endswith("?")) and not _fits(kind.rstrip("?!"), value):
+        if not (value is None and kind.endswith("?")) and not _FITS[kind.rstrip("?!")](value):
             problems.append(f"{key} is {value!r:.60}; valid: {kind.rstrip('?!')}")
     return tuple(problems)
 
@@ -124,7 +123,7 @@ def mended(text: str) -> str:
     return whole.replace("\0", "\ufffd").replace("\\u0000", "\ufffd")
 
 
-def finite(name: str, value: float) -> float:
+def finite(name: str, value: float | int) -> float:
     """The number; ValueError where it is NaN or infinite."""
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}; Neuronpedia takes finite numbers")
@@ -174,28 +173,8 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(text)
 
 
-def _fits(kind: str, value: Any) -> bool:
-    if kind.endswith("[]"):
-        return isinstance(value, list) and _all_fit(kind[:-2], value)
-    if kind in ("text", "int", "number"):
-        return _all_fit(kind, [value])
-    if kind == "date":
-        return isinstance(value, str) and _is_date(value)
-    if kind == "embedding":
-        return isinstance(value, list) and len(value) == EMBEDDING and _all_fit("number", value)
-    if kind == "visibility":
-        return value in ("PUBLIC", "UNLISTED", "PRIVATE")
-    return {"bool": isinstance(value, bool), "json": True, "null": False}[kind]
-
-
-def _all_fit(kind: str, values: list[Any]) -> bool:
-    """Of a whole list at once: an export has millions of tokens."""
-    types = set(map(type, values))
-    if kind == "text":
-        return types <= {str} and storable("".join(values))
-    if kind == "int":
-        return types <= {int} and all(abs(value) < 2**31 for value in values)
-    return types <= {int, float} and all(map(math.isfinite, values))
+def _is_list(value: Any, *types: type) -> bool:
+    return isinstance(value, list) and set(map(type, value)) <= set(types)
 
 
 def _is_date(text: str) -> bool:
@@ -204,3 +183,24 @@ def _is_date(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+_NOT_STORED = re.compile("[\0\ud800-\udfff]")
+_FITS: Mapping[str, Callable[[Any], bool]] = {
+    "text": lambda value: isinstance(value, str) and not _NOT_STORED.search(value),
+    "int": lambda value: type(value) is int and abs(value) < 2**31,
+    "number": lambda value: type(value) in (int, float) and math.isfinite(value),
+    # Of a whole list at once: an export has millions of tokens.
+    "text[]": lambda value: _is_list(value, str) and not _NOT_STORED.search("".join(value)),
+    "int[]": lambda value: _is_list(value, int) and all(abs(one) < 2**31 for one in value),
+    "number[]": lambda value: _is_list(value, int, float) and all(map(math.isfinite, value)),
+    "embedding": lambda value: (
+        _is_list(value, int, float) and len(value) == EMBEDDING and all(map(math.isfinite, value))
+    ),
+    "date": lambda value: isinstance(value, str) and _is_date(value),
+    "visibility": lambda value: value in ("PUBLIC", "UNLISTED", "PRIVATE"),
+    "bool": lambda value: isinstance(value, bool),
+    "json": lambda value: True,
+    "null": lambda value: False,
+}
+"""Kind of a column to whether a value, not null, is of it."""
