@@ -144,6 +144,7 @@ class Dashboards:
     """The tokens on which a feature fires, features one behind the other, tokens ascending."""
     entry_values: Float[np.ndarray, " entry"]
     minima: Float[np.ndarray, " d_sae"]
+    """The smallest activation above 0, where the activation histogram begins; 0 where all are equal."""
     maxima: Float[np.ndarray, " d_sae"]
     activation_counts: Int[np.ndarray, "d_sae bin"]
     interval_counts: Int[np.ndarray, "d_sae interval"]
@@ -206,7 +207,11 @@ class Dashboards:
                 float(self.minima[index]), maximum, tuple(self.activation_counts[index].tolist()) if alive else ()
             ),
             groups=self._groups(index, slice(start, end)) if alive else (),
-            logits=Histogram(*self.logit_ends[index].tolist(), tuple(self.logit_counts[index].tolist())),
+            logits=Histogram(
+                float(self.logit_ends[index, 0]),
+                float(self.logit_ends[index, 1]),
+                tuple(self.logit_counts[index].tolist()),
+            ),
             promoted=self._effects(self.promoted_ids[index], self.promoted_effects[index]),
             suppressed=self._effects(self.suppressed_ids[index], self.suppressed_effects[index]),
             correlated_features=_correlations(
