@@ -5,12 +5,11 @@ The labels of the dictionary in folder `path` of a release lie at `labels_file(p
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from sae_emotion_plugin.discovery.scores import FeatureScore, FeatureScores
 from sae_emotion_plugin.files import write_whole
 
 METHOD = "sae-emotion discover"
@@ -56,6 +55,36 @@ class FeatureLabel:
         """What a line of the file holds: the fields, statistics in the order of their names."""
         row = {one.name: getattr(self, one.name) for one in fields(self)}
         return {**row, "emotions": list(self.emotions), "statistics": dict(sorted(self.statistics.items()))}
+
+
+@runtime_checkable
+class EmotionScore(Protocol):
+    """What a row of `FeatureScores` says, as far as labels need it: dictionaries are read without discovery."""
+
+    @property
+    def emotion(self) -> str: ...
+    @property
+    def feature(self) -> int: ...
+    @property
+    def auroc(self) -> float: ...
+    @property
+    def held_out_auroc(self) -> float | None: ...
+    @property
+    def q(self) -> float: ...
+    @property
+    def rate_in(self) -> float: ...
+    @property
+    def rate_out(self) -> float: ...
+    @property
+    def promotes(self) -> tuple[str, ...]: ...
+
+
+@runtime_checkable
+class EmotionScores(Protocol):
+    """`FeatureScores`, as far as labels need them."""
+
+    @property
+    def rows(self) -> Sequence[EmotionScore]: ...
 
 
 def labels_file(path: str) -> str:
@@ -119,7 +148,7 @@ def merge_labels(*sets: "Labels") -> tuple[FeatureLabel, ...]:
 
 
 def labels_from_scores(
-    scores: FeatureScores,
+    scores: EmotionScores,
     *,
     author: str,
     corpus: str | None = None,
@@ -140,7 +169,7 @@ def labels_from_scores(
             one are described by their emotions and the tokens that they promote.
         output_scores: how strongly each feature acts on what the model says.
     """
-    by_feature: dict[int, list[FeatureScore]] = {}
+    by_feature: dict[int, list[EmotionScore]] = {}
     for row in scores.rows:
         if row.q <= max_q and min(row.auroc, 1 if row.held_out_auroc is None else row.held_out_auroc) >= min_auroc:
             by_feature.setdefault(row.feature, []).append(row)
@@ -176,11 +205,11 @@ def _check_statistics(statistics: Mapping[str, Any]) -> None:
             raise ValueError(f"statistics: {name} is {value!r:.80}; valid: a finite number, text or null")
 
 
-def _judged(row: FeatureScore) -> float:
+def _judged(row: EmotionScore) -> float:
     return row.auroc if row.held_out_auroc is None else row.held_out_auroc
 
 
-def _described(emotions: tuple[str, ...], best: FeatureScore) -> str:
+def _described(emotions: tuple[str, ...], best: EmotionScore) -> str:
     """The emotions, and in brackets up to five promoted tokens that can be read."""
     shown = dict.fromkeys(token.strip() for token in best.promotes if token.strip() and token.strip().isprintable())
     promoted = f" (promotes: {', '.join(list(shown)[:5])})" if shown else ""
