@@ -15,7 +15,7 @@ from sae_emotion_plugin.feature_labels import FeatureLabel
 from sae_emotion_plugin.publishing import neuronpedia_export
 from sae_emotion_plugin.publishing.neuronpedia_checks import check_export
 from sae_emotion_plugin.publishing.neuronpedia_export import export_neuronpedia
-from sae_emotion_plugin.publishing.neuronpedia_rows import NeuronpediaModel, NeuronpediaSource
+from sae_emotion_plugin.publishing.neuronpedia_source import NeuronpediaModel, NeuronpediaSource
 from sae_emotion_plugin.publishing.neuronpedia_tables import mended, read_rows, rounded, row_id, write_rows
 
 SOURCE = NeuronpediaSource(

@@ -17,7 +17,6 @@ from sae_emotion_plugin.feature_labels import FeatureLabel, merge_labels
 from sae_emotion_plugin.files import check_folder
 from sae_emotion_plugin.publishing.neuronpedia_checks import MOST_FILES, SourceCounts, check_export
 from sae_emotion_plugin.publishing.neuronpedia_rows import (
-    NeuronpediaSource,
     activation_rows,
     config_rows,
     explanation_row,
@@ -25,6 +24,7 @@ from sae_emotion_plugin.publishing.neuronpedia_rows import (
     metadata_rows,
     vector_row,
 )
+from sae_emotion_plugin.publishing.neuronpedia_source import NeuronpediaSource
 from sae_emotion_plugin.publishing.neuronpedia_tables import CONFIG, write_rows
 
 FEATURES_PER_FILE = 256

@@ -1,99 +1,19 @@
 """Dashboards, labels and steering vectors as rows of Neuronpedia's tables: the same keys in every row of a table."""
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 
 from sae_emotion_plugin.dashboards.types import FeatureDashboard, Histogram, SequenceGroup
 from sae_emotion_plugin.feature_labels import FeatureLabel
-from sae_emotion_plugin.publishing.neuronpedia_checks import HF_FOLDER, SET_NAME
+from sae_emotion_plugin.publishing.neuronpedia_source import NeuronpediaSource
 from sae_emotion_plugin.publishing.neuronpedia_tables import BOT, LONGEST_LABEL, finite, line, mended, rounded, row_id
 
 NO_MODEL = "no-language-model"
 """What stands for the explaining model of a label made from statistics."""
 USUAL_STRENGTH = 10.0
 """Neuronpedia's default, for features that are never active."""
-_MODEL_ID = re.compile(r"[a-z0-9][a-z0-9._-]*")
-
-
-@dataclass(frozen=True)
-class NeuronpediaModel:
-    """A model as Neuronpedia knows it."""
-
-    id: str
-    """Neuronpedia's own short name, such as gpt2-small."""
-    layers: int
-    dimension: int
-    """Width of the residual stream."""
-    neurons_per_layer: int = 0
-    display_name: str = ""
-    owner: str = ""
-    hf_id: str | None = None
-    instruct: bool = False
-
-    def __post_init__(self) -> None:
-        if not _MODEL_ID.fullmatch(self.id):
-            raise ValueError(f"model id is {self.id!r}; valid: lower-case letters, digits, '.', '_' and '-'")
-        if self.layers < 1 or self.dimension < 1 or self.neurons_per_layer < 0:
-            raise ValueError(f"layers is {self.layers}, dimension {self.dimension}; valid: from 1")
-
-
-@dataclass(frozen=True)
-class NeuronpediaSource:
-    """Where a dictionary stands in Neuronpedia, and what its page says of it."""
-
-    model: NeuronpediaModel
-    layer: int
-    set_name: str
-    """Such as emotion-res-4k: without the layer."""
-    release: str
-    """Name of the release, which is also its address; several sources may share it."""
-    creator: str
-    description: str
-    created_at: str
-    """Date and time in ISO 8601; without a zone, UTC."""
-    hf_repo_id: str
-    """OWNER/REPO of the published dictionary."""
-    hf_folder: str
-    """Of its cfg.json and weights in the repository; Neuronpedia cannot read them at the top."""
-    suffix: str = ""
-    creator_short: str = ""
-    description_short: str = ""
-    kind: str = "Residual"
-    visibility: str = "PUBLIC"
-    dataset: str | None = None
-    urls: tuple[str, ...] = field(default=())
-
-    def __post_init__(self) -> None:
-        if not SET_NAME.fullmatch(self.set_name) or self.set_name == "neurons":
-            raise ValueError(f"set name is {self.set_name!r}; valid: lower-case letters, digits, single hyphens")
-        if self.layer < 0 or (self.suffix and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", self.suffix)):
-            raise ValueError(f"layer is {self.layer}, suffix {self.suffix!r}; valid: from 0; letters, digits, '.', '-'")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.release):
-            raise ValueError(f"release is {self.release!r}; valid: letters, digits, '.', '_' and '-'")
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.hf_repo_id) or not HF_FOLDER.fullmatch(self.hf_folder):
-            found = f"{self.hf_repo_id}:{self.hf_folder}"
-            raise ValueError(f"the published dictionary is {found!r}; valid: OWNER/REPO:FOLDER, FOLDER not empty")
-        if self.visibility not in ("PUBLIC", "UNLISTED"):
-            raise ValueError(f"visibility is {self.visibility!r}; valid: PUBLIC, UNLISTED (PRIVATE hides everything)")
-        for name in ("creator", "description", "kind"):
-            if not getattr(self, name).strip():
-                raise ValueError(f"{name} is empty; the page shows it")
-        _date(self.created_at)
-
-    @property
-    def id(self) -> str:
-        """Neuronpedia's `<layer>-<set>[__<suffix>]`."""
-        return f"{self.layer}-{self.set_name}" + (f"__{self.suffix}" if self.suffix else "")
-
-    @property
-    def date(self) -> str:
-        """`created_at` in UTC, as Neuronpedia writes it."""
-        return _date(self.created_at)
 
 
 def metadata_rows(
@@ -345,12 +265,3 @@ def _number(where: str, value: float | int) -> float | int:
 
 def _method(label: FeatureLabel) -> str:
     return mended(label.method.strip() or "label")
-
-
-def _date(text: str) -> str:
-    try:
-        found = datetime.fromisoformat(text)
-    except ValueError:
-        raise ValueError(f"created_at is {text!r}; valid: a date and time such as 2026-01-31T12:00:00Z") from None
-    utc = found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
-    return utc.strftime("%Y-%m-%dT%H:%M:%S.000Z")
