@@ -4,7 +4,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -12,8 +11,7 @@ from conftest import D_SAE, HOOK, make_sae
 from neuronpedia_server import KEY, neuronpedia_server
 from planted_dashboards import planted_dashboards
 
-from sae_emotion_plugin.cli.options import OneLineErrors
-from sae_emotion_plugin.cli.publish import publish
+from sae_emotion_plugin.cli import main
 from sae_emotion_plugin.feature_labels import FeatureLabel, write_labels
 from sae_emotion_plugin.interventions.plans import Intervention, SteeringPlan
 from sae_emotion_plugin.publishing.neuronpedia_checks import check_export
@@ -54,9 +52,6 @@ def arguments(place: Path, out: Path, *more: str) -> list[str]:
 
 
 def run(*given: str) -> Result:
-    main = OneLineErrors()
-    main.add_command(publish)
-    assert isinstance(main, click.Group)
     return CliRunner().invoke(main, list(given))
 
 
@@ -196,8 +191,8 @@ def test_a_dictionary_that_reads_no_block_has_no_source() -> None:
 
 def test_help_loads_no_model_library() -> None:
     code = (
-        "import sys\nfrom click.testing import CliRunner\nfrom sae_emotion_plugin.cli.publish import publish\n"
-        "assert CliRunner().invoke(publish, ['neuronpedia', '--help']).exit_code == 0\n"
+        "import sys\nfrom click.testing import CliRunner\nfrom sae_emotion_plugin.cli import main\n"
+        "assert CliRunner().invoke(main, ['publish', 'neuronpedia', '--help']).exit_code == 0\n"
         "print([name for name in ('torch', 'sae_lens', 'numpy', 'pandas') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,6 +10,7 @@ import click
 from sae_emotion_plugin.cli.discovery import discover, features, layers, lens, roles
 from sae_emotion_plugin.cli.monitor import monitor
 from sae_emotion_plugin.cli.options import OneLineErrors, dictionary_option, json_option, model_option
+from sae_emotion_plugin.cli.publish import publish
 from sae_emotion_plugin.cli.registry import registry
 from sae_emotion_plugin.cli.steering import export, steer, study
 
@@ -155,7 +156,7 @@ def convert(checkpoint: Path, out: Path, hook_name: str | None, model_name: str 
     click.echo(json.dumps({"folder": str(folder)}) if as_json else f"written to {folder}")
 
 
-for command in (discover, export, features, layers, lens, monitor, registry, roles, steer, study):
+for command in (discover, export, features, layers, lens, monitor, publish, registry, roles, steer, study):
     main.add_command(command)
 
 

@@ -1,9 +1,13 @@
 """What the commands share: options, and errors of one line."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from sae_emotion_plugin.feature_labels import FeatureLabel
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -42,3 +46,30 @@ def dictionary_option(command: Command) -> Command:
 
 def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(command)
+
+
+def label_options(command: Command) -> Command:
+    path = click.Path(path_type=Path)
+    for option in (
+        click.option("--author", help="With --scores: who says so."),
+        click.option("--scores", type=path, help="Label the features that hold on the held-out texts of SCORES."),
+        click.option("--labels", multiple=True, type=path, help="More labels, in JSON Lines (repeatable)."),
+    ):
+        command = option(command)
+    return command
+
+
+def labels_of(labels: tuple[Path, ...], scores: Path | None, author: str | None) -> "list[FeatureLabel]":
+    """The labels that `label_options` name."""
+    from sae_emotion_plugin.feature_labels import labels_from_scores, read_labels
+
+    found = [label for path in labels for label in read_labels(path)]
+    if scores is not None:
+        if not author:
+            raise ValueError(f"--scores {scores} needs --author NAME")
+        from sae_emotion_plugin.discovery.scores import FeatureScores
+
+        found += labels_from_scores(FeatureScores.load(scores), author=author)
+    elif author:
+        raise ValueError("--author goes with --scores")
+    return found

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_emotion_plugin import registry
+from sae_emotion_plugin.files import sha256
 from sae_emotion_plugin.publishing.hub_errors import hub_errors
 from sae_emotion_plugin.publishing.hub_files import ENTRY_FILE, Earlier, Publication, prepare
 from sae_emotion_plugin.registry import RegistryEntry
@@ -116,22 +117,25 @@ def fetch(repo_id: str, *, revision: str | None = None, endpoint: str | None = N
         if ENTRY_FILE not in names:
             raise ValueError(f"{repo_id} has no {ENTRY_FILE}: nothing was published there with this tool")
 
-        def download(file: str) -> Path:
-            return Path(hf_hub_download(repo_id, file, revision=commit, endpoint=endpoint))
+        def download(file: str, digest: str | None = None) -> Path:
+            path = Path(hf_hub_download(repo_id, file, revision=commit, endpoint=endpoint))
+            if digest is None or sha256(path) == digest:
+                return path
+            # The cache may have been damaged.
+            return Path(hf_hub_download(repo_id, file, revision=commit, endpoint=endpoint, force_download=True))
 
         published = registry.read_entry(download(ENTRY_FILE))
         recorded = published.provenance.sha256
-        wanted = [file for file in recorded if owner_of(published, file) is not None]
+        papers = (published.provenance.recipe, published.provenance.report)
+        wanted = [file for file in recorded if file in papers or owner_of(published, file) is not None]
         if missing := [file for file in wanted if file not in names]:
             raise ValueError(f"{repo_id} lacks {missing[0]}, which its {ENTRY_FILE} lists")
-        files = {file: download(file) for file in wanted}
-    papers = {name: None for name in ("recipe", "report") if getattr(published.provenance, name) not in (None, *wanted)}
+        files = {file: download(file, recorded[file]) for file in wanted}
     provenance = replace(
         published.provenance,
         repository=repo_id,
         revision=commit,
         sha256={file: recorded[file] for file in wanted},
-        **papers,
     )
     entry = replace(published, repo_id="", folder=None, conversion_func=None, provenance=provenance)
     release = ReleaseFiles(entry, files)
