@@ -348,7 +348,7 @@ def test_what_the_api_does_not_take_is_refused_before_it_is_sent(tmp_path: Path,
 
 def test_empty_tokens_are_replaced_for_the_api(tmp_path: Path, server: NeuronpediaServer, journal: Path) -> None:
     dashboards = planted_dashboards(known_texts=("",) * 12)
-    folder = export_neuronpedia(dashboards, (), replace(SOURCE, dataset="none"), tmp_path / "np").folder
+    folder = export_neuronpedia(dashboards, (), SOURCE, tmp_path / "np").folder
     pushed(folder, server, journal)
     assert {token for row in server.features[0]["activations"] for token in row["tokens"]} == {"\ufffd"}
 

@@ -88,6 +88,7 @@ def hub(
 @click.option("--release", help="Name of the release and of its page; by default the repository's.")
 @click.option("--set", "set_name", help="Name of the set, such as emotion-res-4k, without the layer.")
 @click.option("--description", help="Shown on the page of the release.")
+@click.option("--dataset", help="What the texts of the dashboards are.")
 @click.option("--model-id", help="Neuronpedia's name of the model; by default the dictionary's, without its owner.")
 @click.option("--layers", type=click.IntRange(min=1), help="Layers of the model; by default it is loaded to see.")
 @click.option("--model", default="embedded", show_default=True, help="The model to load where --layers is not given.")
@@ -168,6 +169,7 @@ def _export(
     release: str | None,
     set_name: str | None,
     description: str | None,
+    dataset: str | None,
     model_id: str | None,
     layers: int | None,
     model: str,
@@ -223,6 +225,7 @@ def _export(
         release=release,
         set_name=set_name,
         description=description,
+        dataset=dataset,
         visibility="UNLISTED" if unlisted else "PUBLIC",
     )
     vectors = [

@@ -238,7 +238,7 @@ def _group_rows(source: NeuronpediaSource, feature: int, number: int, group: Seq
             "binMax": high,
             "binContains": -1 if group.share is None else finite("a share", group.share),
             "dataIndex": None,
-            "dataSource": source.dataset,
+            "dataSource": None,
             "dfaTargetIndex": None,
             "dfaValues": [],
             "lossValues": [],

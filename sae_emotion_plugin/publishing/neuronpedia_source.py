@@ -61,6 +61,7 @@ class NeuronpediaSource:
     kind: str = "Residual"
     visibility: str = "PUBLIC"
     dataset: str | None = None
+    """What the texts of the dashboards are."""
     urls: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -141,6 +142,7 @@ def shown_config(sae: Any) -> dict[str, Any]:
     """The dictionary's configuration as the page shows it: one level, as JSON can hold it."""
     nested = json.loads(json.dumps(sae.cfg.to_dict(), default=str))
     metadata = nested.pop("metadata", {})
+    nested.pop("device", None)
     layer = re.match(r"blocks\.(\d+)\.", str(metadata.get("hook_name")))
     shown = {
         **metadata,
