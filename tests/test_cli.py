@@ -1,3 +1,4 @@
+import errno
 import json
 import subprocess
 import sys
@@ -38,6 +39,14 @@ def test_the_choices_offered_are_those_that_the_library_has() -> None:
     assert offered("steer", "unit") == get_args(Unit)
     assert offered("export", "form") == FORMS
     assert offered("discover", "pooling") == (*get_args(Pooling), "choose")
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "labels.jsonl")
+
+    monkeypatch.setattr("sae_emotion_plugin.registry.entries", full)
+    assert refused("registry", "list") == "Error: [Errno 28] No space left on device: 'labels.jsonl'"
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ class OneLineErrors(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (ValueError, FileNotFoundError, ImportError) as error:
-            if isinstance(error, ModuleNotFoundError):
+        except (ValueError, OSError, ImportError) as error:
+            if isinstance(error, ModuleNotFoundError | BrokenPipeError):
                 raise
             message = " ".join(str(error).split())
             click.echo(f"Error: {message}", err=True)
