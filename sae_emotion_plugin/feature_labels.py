@@ -87,6 +87,12 @@ class EmotionScores(Protocol):
     def rows(self) -> Sequence[EmotionScore]: ...
 
 
+def told_apart(emotion: str, auroc: float, held_out_auroc: float | None, q: float) -> str:
+    """How well a feature tells an emotion, in words: `AUROC anger 0.86, held out 0.83, q < 0.001`."""
+    held_out = "" if held_out_auroc is None else f", held out {held_out_auroc:.2f}"
+    return f"AUROC {emotion} {auroc:.2f}{held_out}, {'q < 0.001' if q < 0.001 else f'q = {q:.3f}'}"
+
+
 def labels_file(path: str) -> str:
     """Where the labels of the dictionary in folder `path` of a release lie, relative to the release."""
     return f"labels/{path}.jsonl"
@@ -210,10 +216,10 @@ def _judged(row: EmotionScore) -> float:
 
 
 def _described(emotions: tuple[str, ...], best: EmotionScore) -> str:
-    """The emotions, and in brackets up to five promoted tokens that can be read."""
+    """The emotions, the evidence for the best one, and up to five promoted tokens that can be read."""
     shown = dict.fromkeys(token.strip() for token in best.promotes if token.strip() and token.strip().isprintable())
-    promoted = f" (promotes: {', '.join(list(shown)[:5])})" if shown else ""
-    return ", ".join(emotions) + promoted
+    parts = [", ".join(emotions), told_apart(best.emotion, best.auroc, best.held_out_auroc, best.q)]
+    return "; ".join([*parts, f"promotes: {', '.join(list(shown)[:5])}"] if shown else parts)
 
 
 def _line(label: FeatureLabel) -> str:

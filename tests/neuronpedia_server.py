@@ -72,7 +72,8 @@ class NeuronpediaServer:
         need(len(body.get("description", "")) <= 128, "description")
         need((body["modelId"], body["name"]) not in self.sets, "exists")
         sources = [
-            {"id": f"{layer}-{body['name']}", "modelId": body["modelId"], "setName": body["name"]} for layer in range(12)
+            {"id": f"{layer}-{body['name']}", "modelId": body["modelId"], "setName": body["name"]}
+            for layer in range(12)
         ]
         self.sets[body["modelId"], body["name"]] = {**body, "urls": [], "description": "", "sources": sources}
         return {**body, "urls": [], "description": "", "sources": []}

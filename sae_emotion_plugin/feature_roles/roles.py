@@ -13,6 +13,7 @@ from torch import Tensor
 from sae_emotion_plugin.activations import HookedModel, TokenWindow, mean_norm
 from sae_emotion_plugin.discovery.scores import FeatureScore, FeatureScores
 from sae_emotion_plugin.emotion_texts import openings
+from sae_emotion_plugin.feature_labels import told_apart
 from sae_emotion_plugin.feature_roles.output_scores import kl_divergence, prompt_windows, read_next_tokens
 from sae_emotion_plugin.generation.continuations import Request, complete
 from sae_emotion_plugin.interventions.plans import SteeringPlan
@@ -244,9 +245,7 @@ def evidence_label(role: FeatureRole) -> str:
     elif named := _named(one.token for one in role.fires_on):
         parts.append(f"fires on: {named}")
     if role.auroc is not None and role.q is not None:
-        held_out = "" if role.held_out_auroc is None else f", held out {role.held_out_auroc:.2f}"
-        q = "q < 0.001" if role.q < 0.001 else f"q = {role.q:.3f}"
-        parts.append(f"AUROC {role.emotion} {role.auroc:.2f}{held_out}, {q}")
+        parts.append(told_apart(role.emotion, role.auroc, role.held_out_auroc, role.q))
     return "; ".join(parts) or "no evidence"
 
 
