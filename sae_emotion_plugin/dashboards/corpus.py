@@ -39,7 +39,7 @@ class StoredCorpus:
         """ValueError where the folder holds none, or not all of it."""
         if not (folder / COMPLETE).is_file():
             raise ValueError(f"{folder} holds no codes, or not all of them: build its dashboards again to go on")
-        return cls(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in cls.__annotations__})
+        return cls(**{name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in cls.__annotations__})
 
     def columns(self) -> CodeColumns:
         """The same as one part of a larger corpus."""

@@ -16,7 +16,9 @@ from tqdm.auto import tqdm
 from sae_emotion_plugin.activations import hook_layer
 
 LOGIT_ENTRIES = 16 * 1024 * 1024
-"""Logits that are in memory at a time: 64 MiB, and some times that while they are counted."""
+"""Logits that are in memory at a time: 64 MiB."""
+COUNTED_ENTRIES = 1024 * 1024
+"""Logits that are counted at a time: few, so that they stay in the processor's cache."""
 _BLOCK = 128
 
 
@@ -38,23 +40,26 @@ def logit_arrays(
     d_sae, n_tokens = len(rows), min(n_tokens, vocabulary)
     ends, counts = np.zeros((d_sae, 2), np.float32), np.zeros((d_sae, n_bins), np.int64)
     ids, effects = np.zeros((2, d_sae, n_tokens), np.int64), np.zeros((2, d_sae, n_tokens), np.float32)
+    rows_at_once, rows_counted = (max(1, entries // vocabulary) for entries in (LOGIT_ENTRIES, COUNTED_ENTRIES))
     with torch.inference_mode(), tqdm(total=d_sae, unit="feature", desc="logits", disable=not progress) as bar:
         probes = _normed(model, _residual(model, rows, hook_name))
         constant = model.unembed(torch.zeros_like(probes[None, :1]))[0]
-        for start in range(0, d_sae, max(1, LOGIT_ENTRIES // vocabulary)):
-            chunk = slice(start, min(start + max(1, LOGIT_ENTRIES // vocabulary), d_sae))
-            logits = model.unembed(probes[None, chunk])[0].float()
+        for start in range(0, d_sae, rows_at_once):
+            whole = model.unembed(probes[None, start : start + rows_at_once])[0].float()
             if constant.any():
-                logits -= constant
-            # A shift of all logits changes no probability: what is shown is taken from their mean.
-            mean = logits.double().mean(dim=1)[:, None].float()
-            low, high = logits.aminmax(dim=1, keepdim=True)
-            counts[chunk] = _histogram(logits, low, high, n_bins).cpu().numpy()
-            ends[chunk] = (torch.cat([low, high], dim=1) - mean).cpu().numpy()
-            for side, largest in enumerate((True, False)):
-                values, which = _extremes(logits, n_tokens, largest)
-                ids[side, chunk], effects[side, chunk] = which.cpu().numpy(), (values - mean).cpu().numpy()
-            bar.update(len(logits))
+                whole -= constant
+            for logits in whole.split(rows_counted):
+                chunk = slice(start, start + len(logits))
+                # A shift of all logits changes no probability: what is shown is taken from their mean.
+                mean = logits.mean(dim=1, keepdim=True)
+                low, high = logits.amin(dim=1, keepdim=True), logits.amax(dim=1, keepdim=True)
+                counts[chunk] = _histogram(logits, low, high, n_bins).cpu().numpy()
+                ends[chunk] = (torch.cat([low, high], dim=1) - mean).cpu().numpy()
+                for side, largest in enumerate((True, False)):
+                    values, which = _extremes(logits, n_tokens, largest)
+                    ids[side, chunk], effects[side, chunk] = which.cpu().numpy(), (values - mean).cpu().numpy()
+                start += len(logits)
+            bar.update(len(whole))
     flat = ends[:, 0] == ends[:, 1]
     ends[flat] += np.array([-0.5, 0.5], np.float32)  # a row of zeros: one bin holds all, and bins need a width
     return {
