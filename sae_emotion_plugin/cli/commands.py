@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from sae_emotion_plugin.cli.dashboards import dashboards
 from sae_emotion_plugin.cli.discovery import discover, features, layers, lens, roles
 from sae_emotion_plugin.cli.monitor import monitor
 from sae_emotion_plugin.cli.options import OneLineErrors, dictionary_option, json_option, model_option
@@ -159,7 +160,21 @@ def convert(checkpoint: Path, out: Path, hook_name: str | None, model_name: str 
     click.echo(json.dumps({"folder": str(folder)}) if as_json else f"written to {folder}")
 
 
-for command in (discover, export, features, layers, lens, monitor, publish, registry, roles, steer, study, view):
+for command in (
+    dashboards,
+    discover,
+    export,
+    features,
+    layers,
+    lens,
+    monitor,
+    publish,
+    registry,
+    roles,
+    steer,
+    study,
+    view,
+):
     main.add_command(command)
 
 
