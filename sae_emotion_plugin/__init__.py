@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sae_emotion_plugin.activations import mean_norm as mean_norm
+    from sae_emotion_plugin.dashboards.build import build_dashboards as build_dashboards
+    from sae_emotion_plugin.dashboards.build import merge_dashboards as merge_dashboards
+    from sae_emotion_plugin.dashboards.types import Dashboards as Dashboards
     from sae_emotion_plugin.discovery.emotion_features import discover as discover
     from sae_emotion_plugin.discovery.keywords import emotion_keywords as emotion_keywords
     from sae_emotion_plugin.discovery.layer_scan import scan_layers as scan_layers
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
     from sae_emotion_plugin.dose_study import sweep_study as sweep_study
     from sae_emotion_plugin.emotion_texts import LabelledTexts as LabelledTexts
     from sae_emotion_plugin.evaluation import evaluate as evaluate
+    from sae_emotion_plugin.feature_labels import FeatureLabel as FeatureLabel
+    from sae_emotion_plugin.feature_labels import labels_from_scores as labels_from_scores
+    from sae_emotion_plugin.feature_labels import read_labels as read_labels
     from sae_emotion_plugin.generation.continuations import generate as generate
     from sae_emotion_plugin.generation.records import Generations as Generations
     from sae_emotion_plugin.generation.streaming import stream as stream
@@ -35,6 +41,7 @@ if TYPE_CHECKING:
     from sae_emotion_plugin.openai_format import openai_disk_loader as openai_disk_loader
     from sae_emotion_plugin.plugin import load_dictionary as load_dictionary
     from sae_emotion_plugin.plugin import register as register
+    from sae_emotion_plugin.publishing.neuronpedia_export import export_neuronpedia as export_neuronpedia
     from sae_emotion_plugin.recipes import TrainingRecipe as TrainingRecipe
     from sae_emotion_plugin.sparse_codes import SparseCodes as SparseCodes
     from sae_emotion_plugin.sparse_codes import encode_texts as encode_texts
@@ -45,6 +52,8 @@ if TYPE_CHECKING:
     from sae_emotion_plugin.training import train as train
 
 _HOMES = {
+    "Dashboards": "dashboards.types",
+    "FeatureLabel": "feature_labels",
     "FeatureScores": "discovery.scores",
     "Generations": "generation.records",
     "LabelledTexts": "emotion_texts",
@@ -52,6 +61,7 @@ _HOMES = {
     "SteeringPlan": "interventions.plans",
     "TrainingRecipe": "recipes",
     "actual_plan": "interventions.hooks",
+    "build_dashboards": "dashboards.build",
     "calibrate_monitor": "monitoring.thresholds",
     "choose_pooling": "discovery.scoring",
     "compare_methods": "discovery.method_comparison",
@@ -61,17 +71,21 @@ _HOMES = {
     "emotion_sets": "monitoring.feature_sets",
     "encode_texts": "sparse_codes",
     "evaluate": "evaluation",
+    "export_neuronpedia": "publishing.neuronpedia_export",
     "export_plan": "interventions.exports",
     "generate": "generation.continuations",
+    "labels_from_scores": "feature_labels",
     "live_monitor": "monitoring.monitor",
     "load_dictionary": "plugin",
     "load_model": "models",
     "load_openai_checkpoint": "openai_format",
     "logit_lens": "text_lens",
     "mean_norm": "activations",
+    "merge_dashboards": "dashboards.build",
     "monitor": "monitoring.monitor",
     "open_codes": "sparse_codes",
     "openai_disk_loader": "openai_format",
+    "read_labels": "feature_labels",
     "register": "plugin",
     "scan_layers": "discovery.layer_scan",
     "score_features": "discovery.scoring",
