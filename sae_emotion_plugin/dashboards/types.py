@@ -270,37 +270,43 @@ class Dashboards:
         maximum = float(self.maxima[index])
         n_intervals = self.interval_counts.shape[1]
         ends = interval_ends(self.maxima[index], n_intervals).tolist()
-        groups = [SequenceGroup(None, maximum, None, self._sequences(self.strongest[index], tokens, values))]
+        made = self._sequences(np.unique(np.r_[self.strongest[index], self.sampled[index].ravel()]), tokens, values)
+
+        def chosen(numbers: np.ndarray) -> tuple[ActivatingSequence, ...]:
+            return tuple(made[number] for number in numbers.tolist() if number >= 0)
+
+        groups = [SequenceGroup(None, maximum, None, chosen(self.strongest[index]))]
         for interval in reversed(range(n_intervals)):
             groups.append(
                 SequenceGroup(
                     ends[interval],
                     ends[interval + 1],
                     int(self.interval_counts[index, interval]) / max(self.n_tokens, 1),
-                    self._sequences(self.sampled[index, interval], tokens, values),
+                    chosen(self.sampled[index, interval]),
                 )
             )
         return tuple(groups)
 
-    def _sequences(self, which: np.ndarray, tokens: np.ndarray, values: np.ndarray) -> tuple[ActivatingSequence, ...]:
-        text_of = self._text_of
-        found = []
-        for number in which[which >= 0].tolist():
-            start, end = (int(place) for place in self.sequence_starts[number : number + 2])
-            own = slice(*np.searchsorted(tokens, [start, end]))
+    def _sequences(self, numbers: np.ndarray, tokens: np.ndarray, values: np.ndarray) -> dict[int, ActivatingSequence]:
+        """The sequences of some numbers, negative ones left out, and on them a feature that fires on `tokens`."""
+        numbers = numbers[numbers >= 0]
+        starts, ends = self.sequence_starts[numbers], self.sequence_starts[numbers + 1]
+        firsts, lasts = np.searchsorted(tokens, starts), np.searchsorted(tokens, ends)
+        found = {}
+        for number, start, end, first, last in zip(
+            *(array.tolist() for array in (numbers, starts, ends, firsts, lasts)), strict=True
+        ):
             row = np.zeros(end - start)
-            row[tokens[own] - start] = values[own]
+            row[tokens[first:last] - start] = values[first:last]
             ids = self.token_ids[start:end].tolist()
-            found.append(
-                ActivatingSequence(
-                    key=f"{int(self.sequence_keys[number]):016x}",
-                    tokens=tuple(text_of[token] for token in ids),
-                    token_ids=tuple(ids),
-                    values=tuple(row.tolist()),
-                    strongest=int(row.argmax()),
-                )
+            found[number] = ActivatingSequence(
+                key=f"{int(self.sequence_keys[number]):016x}",
+                tokens=tuple(map(self._text_of.__getitem__, ids)),
+                token_ids=tuple(ids),
+                values=tuple(row.tolist()),
+                strongest=int(row.argmax()),
             )
-        return tuple(found)
+        return found
 
     def _effects(self, ids: np.ndarray, effects: np.ndarray) -> tuple[TokenEffect, ...]:
         return tuple(
