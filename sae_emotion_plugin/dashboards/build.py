@@ -85,7 +85,7 @@ def build_dashboards(
     Memory beside model and SAE (a folded copy of which is made where it can be): 8 bytes x d_sae x d_in for the
     correlations with neurons, twice while parts are merged; the codes of one block of `block_texts` texts; about 40
     bytes a token of the corpus; and less than 1 GB of work space, whatever the size of corpus and dictionary. On disk:
-    16 bytes for each active code. Time grows with the tokens (a forward pass each), and with d_sae times the vocabulary.
+    16 bytes for each active code. Time grows with the tokens (one forward pass), and with d_sae times the vocabulary.
 
     Args:
         context_size: tokens of a sequence with BOS; the SAE's own (at most 512) by default.
