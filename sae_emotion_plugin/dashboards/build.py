@@ -82,9 +82,10 @@ def build_dashboards(
     page would move them; correlated features are sought among all features, not among the 128 of a batch, and
     only positive correlations count.
 
-    Memory beside model and SAE: 8 bytes x d_sae x d_in for the correlations with neurons (twice while they are
-    merged), the activations of one block of `block_texts` texts, about 40 bytes a token of the corpus, and some
-    500 MB of work space, whatever the size of the corpus. On disk: 16 bytes for each active code.
+    Memory beside model and SAE (a folded copy of which is made where it can be): 8 bytes x d_sae x d_in for the
+    correlations with neurons, twice while parts are merged; the codes of one block of `block_texts` texts; about 40
+    bytes a token of the corpus; and less than 1 GB of work space, whatever the size of corpus and dictionary. On disk:
+    16 bytes for each active code. Time grows with the tokens (one forward pass), and with d_sae times the vocabulary.
 
     Args:
         context_size: tokens of a sequence with BOS; the SAE's own (at most 512) by default.

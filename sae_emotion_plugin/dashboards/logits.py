@@ -5,6 +5,7 @@ centred: decoder row, times the norm's weights, times the unembedding, less the 
 division by the size of the whole residual is left out: it is the same for all tokens.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -75,11 +76,16 @@ def logit_arrays(
 def alignment_arrays(rows: Float[Tensor, "d_sae d_in"], n_neurons: int) -> dict[str, np.ndarray]:
     """The arrays of `Dashboards` on the largest entries of the decoder rows, and their share of the L1 norm."""
     dense = rows.detach().float().cpu().numpy()
-    best = np.argsort(-dense, axis=1, kind="stable")[:, :n_neurons]
+    best = np.concatenate([np.argsort(-part, axis=1, kind="stable")[:, :n_neurons] for part in _slices(dense)])
     values = np.take_along_axis(dense, best, axis=1)
-    norms = np.abs(dense).sum(axis=1, keepdims=True)
+    norms = np.concatenate([np.abs(part).sum(axis=1, keepdims=True) for part in _slices(dense)])
     shares = np.divide(np.abs(values), norms, out=np.zeros_like(values), where=norms > 0)
     return {"aligned_neurons": best, "aligned_values": values, "aligned_shares": shares}
+
+
+def _slices(rows: Float[np.ndarray, "d_sae d_in"]) -> Iterator[Float[np.ndarray, "part d_in"]]:
+    step = max(1, COUNTED_ENTRIES // rows.shape[1])
+    return (rows[start : start + step] for start in range(0, len(rows), step))
 
 
 def _residual(model: Any, rows: Float[Tensor, "d_sae d_in"], hook_name: str) -> Float[Tensor, "d_sae d_model"]:
