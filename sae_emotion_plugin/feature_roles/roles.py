@@ -244,7 +244,7 @@ def evidence_label(role: FeatureRole) -> str:
         parts.append("fires on nothing in the corpus")
     elif named := _named(one.token for one in role.fires_on):
         parts.append(f"fires on: {named}")
-    if role.auroc is not None and role.q is not None:
+    if role.emotion is not None and role.auroc is not None and role.q is not None:
         parts.append(told_apart(role.emotion, role.auroc, role.held_out_auroc, role.q))
     return "; ".join(parts) or "no evidence"
 
