@@ -40,11 +40,8 @@ def main() -> None:
     for batch in options.batches:
         prompts = openings("all")[:batch]
         plans = [SteeringPlan.of({3: 0.05 + 0.001 * row, 5: 0.05}, sae, residual_norm=6000.0) for row in range(batch)]
-        # Requests that must give the same text are written once; seeds keep equal prompts apart.
-        unsteered = [Request(prompt, None, 1.0, seed) for seed, prompt in enumerate(prompts)]
-        steered = [
-            Request(prompt, plan, 1.0, seed) for seed, (prompt, plan) in enumerate(zip(prompts, plans, strict=True))
-        ]
+        unsteered = [Request(prompt) for prompt in prompts]
+        steered = [Request(prompt, plan) for prompt, plan in zip(prompts, plans, strict=True)]
         ids = tokenizer(list(prompts), return_tensors="pt", padding=True)
 
         def ours(requests: list[Request]) -> None:

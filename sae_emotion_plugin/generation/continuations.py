@@ -157,7 +157,7 @@ def complete(
                 return any(one in text for one in stop)
 
             with torch.inference_mode(), stepping(model, sae, plans, tokens, use_cache) as forward:
-                written = write(forward, batch, max_new_tokens, end_tokens(model), stopped if stop else None)
+                written = write(forward, batch, max_new_tokens, end_tokens(model), stopped if stop else None, with_nll)
             bar.update(len(batch) * max_new_tokens)
             return written
 

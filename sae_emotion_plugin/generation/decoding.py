@@ -151,16 +151,25 @@ def stepping(
         yield cached
 
 
-def write(forward: Forward, batch: Sequence[Request], n: int, ends: set[int], stopped: Stopped | None) -> list[Written]:
+def write(
+    forward: Forward,
+    batch: Sequence[Request],
+    n: int,
+    ends: set[int],
+    stopped: Stopped | None,
+    with_nll: bool = True,
+) -> list[Written]:
     """The new tokens of each row: `n` of them, fewer where the text ends before.
 
     Args:
+        with_nll: measure the likelihood of unsteered rows, whose logits are at hand.
         stopped: whether row `i` ends with the tokens that it has; asked after every token of a row that goes on.
     """
     sampling = sampling_of(batch)
     draws = torch.stack([draws_of(request, n) for request in batch])
     written = torch.zeros(len(batch), 0, dtype=torch.int64)
-    unsteered = torch.tensor([index for index, request in enumerate(batch) if request.plan is None], dtype=torch.int64)
+    measured = [index for index, request in enumerate(batch) if with_nll and request.plan is None]
+    unsteered = torch.tensor(measured, dtype=torch.int64)
     losses = torch.zeros(len(batch), n, dtype=torch.float64)
     ended = torch.zeros(len(batch), dtype=torch.bool)
     lengths = [n] * len(batch)
@@ -168,9 +177,10 @@ def write(forward: Forward, batch: Sequence[Request], n: int, ends: set[int], st
         logits = forward(written)
         check_finite(logits, batch)
         chosen = choose(logits, sampling, draws[:, written.shape[1]]).cpu()
-        own = logits[unsteered.to(logits.device)].float()
-        targets = chosen[unsteered].to(logits.device)
-        losses[unsteered, written.shape[1]] = cross_entropy(own, targets, reduction="none").double().cpu()
+        if measured:
+            own = logits[unsteered.to(logits.device)].float()
+            targets = chosen[unsteered].to(logits.device)
+            losses[unsteered, written.shape[1]] = cross_entropy(own, targets, reduction="none").double().cpu()
         written = torch.cat([written, chosen[:, None]], 1)
         ended |= torch.isin(chosen, torch.tensor(sorted(ends), dtype=torch.int64))
         if stopped is not None:
@@ -182,8 +192,8 @@ def write(forward: Forward, batch: Sequence[Request], n: int, ends: set[int], st
         for row, length in zip(written.tolist(), lengths, strict=True)
     ]
     return [
-        Written(ids, float(loss[: len(ids)].mean()) if ids and request.plan is None else None)
-        for request, ids, loss in zip(batch, rows, losses, strict=True)
+        Written(ids, float(loss[: len(ids)].mean()) if ids and row in measured else None)
+        for row, (ids, loss) in enumerate(zip(rows, losses, strict=True))
     ]
 
 
