@@ -1,10 +1,12 @@
 """Releases of dictionaries as data: one YAML file each, packaged with the plugin or in the user's own folder.
 
 The keys are those of a stanza in SAELens's ``pretrained_saes.yaml`` plus ``release`` and ``provenance``. A
-release without ``repo_id`` brings its files: ``<folder>/<release>/<path of the SAE>/cfg.json`` and so on.
+release without ``repo_id`` brings its files: ``<folder>/<release>/<path of the SAE>/cfg.json`` and so on, and the
+labels of its features in ``<folder>/<release>/labels/<path of the SAE>.jsonl``.
 """
 
 import importlib.resources
+import json
 import math
 import os
 import re
@@ -17,6 +19,7 @@ from typing import Any
 import platformdirs
 import yaml
 
+from sae_emotion_plugin.feature_labels import FeatureLabel, labels_file, read_labels
 from sae_emotion_plugin.files import sha256, write_whole
 
 FOLDER_VARIABLE = "SAE_EMOTION_REGISTRY"
@@ -46,7 +49,7 @@ class SaeRecord:
     def __post_init__(self) -> None:
         if not self.id:
             raise ValueError("saes: id is empty; valid: text")
-        _check_path("saes: path", self.path)
+        check_path("saes: path", self.path)
         # Written so that NaN fails too.
         if self.l0 is not None and not 0 <= self.l0 < math.inf:
             raise ValueError(f"saes: l0 is {self.l0}; valid: a number from 0")
@@ -62,6 +65,8 @@ class Provenance:
     """File with the recipe that trained it."""
     report: str | None = None
     """File with its measurements on held-out documents."""
+    repository: str | None = None
+    """Hugging Face repository that files on this machine were fetched from."""
     revision: str | None = None
     """Commit of the repository that `sha256` speaks of."""
     sha256: Mapping[str, str] = field(default_factory=dict)
@@ -76,9 +81,11 @@ class Provenance:
     def __post_init__(self) -> None:
         for name in ("recipe", "report"):
             if (file := getattr(self, name)) is not None:
-                _check_path(f"provenance: {name}", file)
+                check_path(f"provenance: {name}", file)
+        if self.repository is not None:
+            check_repo_id("provenance: repository", self.repository)
         for file, digest in self.sha256.items():
-            _check_path("provenance: sha256", file)
+            check_path("provenance: sha256", file)
             _check_sha256(f"provenance: sha256 of {file}", digest)
         if self.model_sha256 is not None:
             _check_sha256("provenance: model_sha256", self.model_sha256)
@@ -106,8 +113,8 @@ class RegistryEntry:
             raise ValueError(f"release is {_shown(self.release)}; valid: letters, digits, '.', '_' and '-'")
         if not self.model:
             raise ValueError("model is empty; valid: text")
-        if self.repo_id and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo_id):
-            raise ValueError(f"repo_id is {_shown(self.repo_id)}; valid: 'owner/name', or '' for none")
+        if self.repo_id:
+            check_repo_id("repo_id", self.repo_id)
         if not self.saes:
             raise ValueError(f"release {self.release!r} has no saes; valid: at least one")
         ids = [sae.id for sae in self.saes]
@@ -139,14 +146,19 @@ def entries() -> tuple[RegistryEntry, ...]:
     own = user_folder()
     if os.environ.get(FOLDER_VARIABLE) and not own.is_dir():
         raise FileNotFoundError(f"{FOLDER_VARIABLE} is {str(own)!r}, which is not a folder")
-    found: dict[str, tuple[RegistryEntry, Path]] = {}
     folders = dict.fromkeys(folder.resolve() for folder in (packaged_folder(), own) if folder.is_dir())
+    return tuple(entry for entry, _ in entries_in(*folders).values())
+
+
+def entries_in(*folders: Path) -> dict[str, tuple[RegistryEntry, Path]]:
+    """The releases of the folders by name, each with its YAML file. ValueError as for `entries`."""
+    found: dict[str, tuple[RegistryEntry, Path]] = {}
     for path in (path for folder in folders for path in sorted(folder.glob("*.yaml"))):
         entry = read_entry(path)
         if entry.release in found:
             raise ValueError(f"{path} defines the release {entry.release!r} again, after {found[entry.release][1]}")
         found[entry.release] = (entry, path)
-    return tuple(entry for entry, _ in found.values())
+    return found
 
 
 def find(name: str) -> tuple[RegistryEntry, SaeRecord]:
@@ -174,7 +186,7 @@ def find(name: str) -> tuple[RegistryEntry, SaeRecord]:
 
 def file_path(entry: RegistryEntry, sae: SaeRecord, file: str) -> Path:
     """Where a file of a packaged dictionary lies, existing or not, never outside the release's folder."""
-    return _inside(entry, f"{sae.path}/{file}")
+    return inside(entry, f"{sae.path}/{file}")
 
 
 def verified_file(entry: RegistryEntry, sae: SaeRecord, file: str) -> Path:
@@ -182,13 +194,29 @@ def verified_file(entry: RegistryEntry, sae: SaeRecord, file: str) -> Path:
 
     Raises FileNotFoundError or ValueError naming the file.
     """
-    path = file_path(entry, sae, file)
-    if not path.is_file():
-        raise FileNotFoundError(f"release {entry.release!r} lacks the file {path}")
-    expected = entry.provenance.sha256.get(f"{sae.path}/{file}")
-    if expected is not None and sha256(path) != expected:
-        raise ValueError(f"{path} was altered: its SHA-256 is not {expected}")
-    return path
+    return _verified(entry, f"{sae.path}/{file}")
+
+
+def labels(entry: RegistryEntry, sae: SaeRecord) -> tuple[FeatureLabel, ...]:
+    """The labels of a dictionary's features; none when its release records no file of labels.
+
+    Raises FileNotFoundError or ValueError naming the file, when it is missing, altered or has a bad line.
+    """
+    file = labels_file(sae.path)
+    if entry.repo_id or file not in entry.provenance.sha256:
+        return ()
+    return read_labels(_verified(entry, file), width(verified_file(entry, sae, "cfg.json")))
+
+
+def width(config: Path) -> int:
+    """How many features the dictionary of this ``cfg.json`` has. ValueError naming the file when it does not say."""
+    try:
+        found = json.loads(config.read_text(encoding="utf-8")).get("d_sae")
+    except (ValueError, AttributeError):
+        found = None
+    if not isinstance(found, int) or found < 1:
+        raise ValueError(f"{config} does not say d_sae, the number of features")
+    return found
 
 
 def check(entry: RegistryEntry) -> tuple[str, ...]:
@@ -201,7 +229,7 @@ def check(entry: RegistryEntry) -> tuple[str, ...]:
     problems = []
     for file in dict.fromkeys([*weights, *papers, *hashes]):
         try:
-            path = _inside(entry, file)
+            path = inside(entry, file)
         except ValueError as error:
             problems.append(str(error))
             continue
@@ -211,6 +239,12 @@ def check(entry: RegistryEntry) -> tuple[str, ...]:
             problems.append(f"{file} has no SHA-256 in the entry")
         elif (digest := sha256(path)) != hashes[file]:
             problems.append(f"{file} was altered: its SHA-256 is {digest}, not {hashes[file]}")
+    if not problems:
+        for sae in entry.saes:
+            try:
+                labels(entry, sae)
+            except ValueError as error:
+                problems.append(str(error))
     return tuple(problems)
 
 
@@ -244,6 +278,14 @@ def write_entry(entry: RegistryEntry, folder: str | Path) -> Path:
         raise ValueError(f"release {entry.release!r} cannot be written as YAML: {error.args[0]}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_whole(path, text)
+
+
+def check_repo_id(where: str, value: str) -> None:
+    """ValueError when the value is no name of a Hugging Face repository."""
+    owner, _, name = value.partition("/")
+    part = r"[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9_])?"
+    if any(not re.fullmatch(part, one, re.ASCII) or re.search(r"--|\.\.", one) for one in (owner, name)):
+        raise ValueError(f"{where} is {_shown(value)}; valid: 'owner/name'")
 
 
 def listed(names: Iterable[str]) -> str:
@@ -302,10 +344,21 @@ def _typed(value: object, where: str, kinds: Mapping[str, type], required: tuple
     return typed
 
 
-def _inside(entry: RegistryEntry, file: str) -> Path:
+def _verified(entry: RegistryEntry, file: str) -> Path:
+    path = inside(entry, file)
+    if not path.is_file():
+        raise FileNotFoundError(f"release {entry.release!r} lacks the file {path}")
+    expected = entry.provenance.sha256.get(file)
+    if expected is not None and sha256(path) != expected:
+        raise ValueError(f"{path} was altered: its SHA-256 is not {expected}")
+    return path
+
+
+def inside(entry: RegistryEntry, file: str) -> Path:
+    """Where a file of a release lies, existing or not. ValueError when that is not inside the release's folder."""
     if entry.folder is None or entry.repo_id:
         raise ValueError(f"release {entry.release!r} has no files on this machine")
-    _check_path("file", file)
+    check_path("file", file)
     home = entry.folder.resolve() / entry.release
     path = (home / file).resolve()
     if not path.is_relative_to(home):
@@ -313,7 +366,8 @@ def _inside(entry: RegistryEntry, file: str) -> Path:
     return path
 
 
-def _check_path(where: str, value: str) -> None:
+def check_path(where: str, value: str) -> None:
+    """ValueError when the value is no relative path that stays inside its folder, on every system."""
     if any(part in ("", ".", "..") or re.search(r"[\\:\x00-\x1f]", part) for part in value.split("/")):
         raise ValueError(f"{where} is {_shown(value)}; valid: a relative path inside its folder")
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,8 @@ from sae_emotion_plugin.activations import canonical_hook
 from sae_emotion_plugin.evaluation import DictionaryReport, evaluate
 from sae_emotion_plugin.models import model_identity
 from sae_emotion_plugin.recipes import TrainingRecipe, read_documents
-from sae_emotion_plugin.registry import Provenance, RegistryEntry, SaeRecord, write_entry
+from sae_emotion_plugin.registry import RegistryEntry
+from sae_emotion_plugin.release_files import ReleaseFiles, install, trained_entry
 
 logger = logging.getLogger(__name__)
 
@@ -160,40 +161,16 @@ def write_dictionary(
 def register_dictionary(trained: TrainedDictionary, folder: str | Path) -> RegistryEntry:
     """The registry entry of a trained dictionary, after its files were copied to `folder` and the YAML file written.
 
+    It comes beside the other dictionaries of its release.
+
     Raises:
-        ValueError: the folder holds that release already, or a name in the recipe cannot stand in a registry.
+        ValueError: the release has another dictionary of that id or is of another model, or a name in the recipe
+            cannot stand in a registry.
     """
-    recipe, report = trained.recipe, trained.report
-    provenance = trained.provenance()
-    identity = provenance["model"]
-    entry = RegistryEntry(
-        release=recipe.name,
-        model=identity["name"],
-        saes=(SaeRecord(id=recipe.sae_id, path=recipe.sae_id, l0=report.l0, variance_explained=1.0 - report.fvu),),
-        provenance=Provenance(
-            recipe=f"{recipe.sae_id}/recipe.yaml",
-            report=f"{recipe.sae_id}/report.json",
-            sha256={f"{recipe.sae_id}/{name}": digest for name, digest in file_hashes(trained.folder).items()},
-            licence=recipe.licence or None,
-            texts="; ".join(f"{text['path']} ({text['licence']})" for text in provenance["texts"]),
-            model_sha256=identity.get("gguf_sha256"),
-            notes=identity.get("weights"),
-        ),
-    )
-    target = Path(folder) / recipe.name / recipe.sae_id
-    for path in (target, Path(folder) / f"{recipe.name}.yaml"):
-        if path.exists():
-            raise ValueError(f"{path} exists already: remove it or choose another name in the recipe")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".copy-"))
-    try:
-        shutil.copytree(trained.folder, scratch, dirs_exist_ok=True)
-        scratch.chmod(0o755)
-        os.replace(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    write_entry(entry, folder)
-    return entry
+    hashes = file_hashes(trained.folder)
+    entry = trained_entry(trained.recipe, asdict(trained.report), trained.provenance(), hashes)
+    files = {f"{trained.recipe.sae_id}/{name}": trained.folder / name for name in hashes}
+    return install(ReleaseFiles(entry, files), folder)
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

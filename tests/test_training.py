@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -359,19 +360,25 @@ def test_a_registered_dictionary_is_found_and_loads_by_its_name(trained: Trained
     assert found.provenance.sha256 == {f"layer-0/{name}": digest for name, digest in trained.sha256.items()}
     assert found.provenance.texts == "single.jsonl (CC0 1.0); novels.jsonl (public domain)"
     assert sorted(path.name for path in (own / "tiny-emotion" / "layer-0").iterdir()) == FILES
-    assert sorted(path.name for path in own.iterdir()) == ["tiny-emotion", "tiny-emotion.yaml"]
+    assert sorted(path.name for path in own.iterdir()) == [".lock", "tiny-emotion", "tiny-emotion.yaml"]
     loaded = load_dictionary("tiny-emotion/layer-0")
     torch.testing.assert_close(loaded.W_dec.cpu(), weights(trained)["W_dec"].float())
 
 
-def test_a_release_that_is_registered_already_is_refused_and_kept(trained: TrainedDictionary, own: Path) -> None:
+def test_a_second_dictionary_of_a_release_joins_it_and_another_of_the_same_id_is_refused(
+    trained: TrainedDictionary, own: Path, tmp_path: Path
+) -> None:
     register_dictionary(trained, own)
     before = {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}
-    again = replace(trained, recipe=replace(trained.recipe, sae_id="layer-1"))
-    for other in (trained, again):
-        with pytest.raises(ValueError, match="exists already: remove it or choose another name in the recipe"):
-            register_dictionary(other, own)
+    register_dictionary(trained, own)
+    other = tmp_path / "other"
+    shutil.copytree(trained.folder, other)
+    (other / "cfg.json").write_text('{"d_sae": 64}')
+    with pytest.raises(ValueError, match="exists already: remove it or choose another name"):
+        register_dictionary(replace(trained, folder=other), own)
     assert {path: path.read_bytes() for path in own.rglob("*") if path.is_file()} == before
+    entry = register_dictionary(replace(trained, recipe=replace(trained.recipe, sae_id="layer-1")), own)
+    assert [sae.id for sae in entry.saes] == ["layer-0", "layer-1"] and registry.check(entry) == ()
 
 
 @pytest.mark.parametrize("change", [{"name": "a/b"}, {"sae_id": "../elsewhere"}, {"name": ""}])
