@@ -10,7 +10,8 @@ import torch
 from reference_openai import encode_and_reconstruct
 from sae_lens import SAE, StandardSAE, TopKSAE
 
-from sae_emotion_plugin import openai_format
+from sae_emotion_plugin import openai_checkpoint, openai_format
+from sae_emotion_plugin.openai_checkpoint import read_openai_checkpoint
 from sae_emotion_plugin.openai_format import (
     convert,
     load_openai_checkpoint,
@@ -18,7 +19,6 @@ from sae_emotion_plugin.openai_format import (
     openai_disk_loader,
     openai_huggingface_config,
     openai_huggingface_loader,
-    read_openai_checkpoint,
 )
 
 D_IN, D_SAE, K = 12, 40, 5
@@ -59,7 +59,7 @@ def test_codes_and_reconstructions_equal_the_published_equations(activation, sae
     sae = load_openai_checkpoint(saved(state, tmp_path))
     x = inputs(4, 7)
     codes, reconstruction = encode_and_reconstruct(state, x)
-    assert type(sae) is sae_class
+    assert isinstance(sae, sae_class) and sae.cfg.to_dict()["architecture"] == sae_class.__name__[:-3].lower()
     with torch.no_grad():
         ours = sae.encode(x)
         torch.testing.assert_close(ours.double(), codes, rtol=1e-5, atol=1e-5)
@@ -144,8 +144,8 @@ def test_a_value_that_overflows_the_dtype_asked_for_is_refused(tmp_path):
 
 def test_files_without_activation_or_statistics_are_relu_autoencoders(tmp_path):
     state = checkpoint("ReLU")
-    weights = {key: state[key] for key in openai_format.WEIGHTS}
-    assert type(load_openai_checkpoint(saved(weights, tmp_path))) is StandardSAE
+    weights = {key: state[key] for key in openai_checkpoint.WEIGHTS}
+    assert isinstance(load_openai_checkpoint(saved(weights, tmp_path)), StandardSAE)
     assert read_openai_checkpoint(tmp_path / "autoencoder.pt").buffers == {}
 
 
@@ -190,7 +190,7 @@ def swap_encoder_and_decoder(state: dict[str, Any]) -> None:
 
 
 BAD_STATES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-    *((lambda state, key=key: state.pop(key), f"lacks {key}; valid keys: ") for key in openai_format.WEIGHTS),
+    *((lambda state, key=key: state.pop(key), f"lacks {key}; valid keys: ") for key in openai_checkpoint.WEIGHTS),
     (with_value("W_enc", torch.zeros(2)), "unknown key W_enc; valid keys: encoder.weight"),
     (with_value("decoder.linear.weight", torch.zeros(D_SAE, D_IN)), "unknown key decoder.linear.weight"),
     (with_value("encoder.weight", torch.zeros(D_SAE + 1, D_IN)), r"encoder.weight .*\(41, 12\); valid: \(40, 12\)"),
