@@ -81,7 +81,7 @@ def download(
                 if check is not None:
                     check(partial)
             except ValueError as error:
-                partial.unlink()
+                _discard(partial)
                 raise ValueError(str(error).replace(str(partial), url)) from error
             os.replace(partial, path)
             _note(partial).unlink(missing_ok=True)
@@ -126,16 +126,16 @@ def _receive(session: requests.Session, url: str, partial: Path, known: _Transfe
     headers = {"Range": f"bytes={have}-"} if have and (known.validator or known.size) else {}
     with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
         if answer.status_code == 416:
-            partial.unlink(missing_ok=True)
+            _discard(partial)
             raise _Interrupted(f"the server has no bytes from {have}")
         answer.raise_for_status()
         start, total = _extent(answer)
         validator = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
         changed = validator != known.validator or (known.size is not None and total != known.size)
         if start and (start != have or changed):
-            partial.unlink(missing_ok=True)
+            _discard(partial)
             known.validator = known.size = None
-            raise _Interrupted("the file at the other end has changed")
+            raise _Interrupted("the server does not always send the same file")
         known.validator, known.size = validator, total
         known.md5 = answer.headers.get("x-ms-blob-content-md5") or (
             None if start else answer.headers.get("Content-MD5")
@@ -152,7 +152,7 @@ def _receive(session: requests.Session, url: str, partial: Path, known: _Transfe
                     bar.update(len(chunk))
         size = partial.stat().st_size
         if total is not None and size != total:
-            partial.unlink()
+            _discard(partial)
             raise _Interrupted(f"{size:,} bytes came, {total:,} were announced")
 
 
@@ -190,6 +190,11 @@ def _note(partial: Path) -> Path:
     return partial.with_suffix(".etag")
 
 
+def _discard(partial: Path) -> None:
+    partial.unlink(missing_ok=True)
+    _note(partial).unlink(missing_ok=True)
+
+
 def _read_note(partial: Path) -> str | None:
     return _note(partial).read_text(encoding="utf-8") if partial.is_file() and _note(partial).is_file() else None
 
@@ -204,10 +209,8 @@ def _write_note(partial: Path, validator: str | None) -> None:
 def _reason(error: requests.RequestException) -> str:
     if error.response is not None:
         return f"the server answers {error.response.status_code} {error.response.reason}"
-    if isinstance(error, requests.Timeout):
-        return "the server does not answer"
-    if isinstance(error, requests.ConnectionError):
-        return "the server cannot be reached"
+    if isinstance(error, requests.Timeout | requests.ConnectionError):
+        return "the server cannot be reached or does not answer"
     return first_line(error)
 
 
@@ -220,7 +223,7 @@ def _writing(partial: Path) -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            partial.unlink(missing_ok=True)
+            _discard(partial)
         folder = partial.parent
         raise ValueError(
             f"cannot write {folder}: {error.strerror or error}; {CACHE_VARIABLE} names another folder"

@@ -162,8 +162,6 @@ def _checked_statistics(stats: tuple[Tensor, Tensor] | Mapping[str, Tensor]) -> 
         if set(stats) != {"mu", "std"}:
             raise ValueError(f"stats holds {', '.join(map(str, stats)) or 'nothing'}; valid: mu, std")
         return InputStatistics(stats["mu"], stats["std"])
-    if len(stats) != 2:
-        raise ValueError(f"stats has {len(stats)} parts; valid: mean and standard deviation")
     return InputStatistics(*stats)
 
 
