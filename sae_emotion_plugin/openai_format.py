@@ -211,8 +211,8 @@ def _expressible(sae: SAE) -> tuple[str, int | None]:
     """The activation and k of an SAE that the format can hold; ValueError naming what it cannot."""
     cfg = sae.cfg
     if not isinstance(sae, TopKSAE | StandardSAE):
-        found = f"the architecture {cfg.architecture()!r}"
-        valid = "topk, standard"
+        found = f"a {type(sae).__name__} (architecture {cfg.architecture()!r})"
+        valid = "a TopKSAE or a StandardSAE"
     elif cfg.reshape_activations != "none":
         found, valid = f"reshape_activations={cfg.reshape_activations!r}", "'none'"
     elif not cfg.apply_b_dec_to_input:

@@ -152,7 +152,9 @@ def test_inside_a_hooked_transformer_and_a_bridge_the_numbers_are_those_of_sae_l
         for each in (sae, theirs):
             with model.saes(saes=[each], use_error_term=use_error_term):
                 logits, cache = model.run_with_cache(tokens)
-            outputs.append((logits, cache[f"{HOOK}.hook_sae_acts_post"], cache[f"{HOOK}.hook_sae_output"]))
+            # The bridge calls the hook by its own name.
+            outputs.append((logits, *(cache[name] for name in cache if name.endswith(("acts_post", "sae_output")))))
+        assert [len(each) for each in outputs] == [3, 3]
         for ours, other in zip(*outputs, strict=True):
             assert torch.equal(ours, other)
         assert torch.allclose(outputs[0][0], plain, atol=1e-4) is use_error_term
