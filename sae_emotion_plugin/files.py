@@ -1,10 +1,20 @@
-"""Files: written whole or not at all, and their hashes."""
+"""Files: written whole or not at all, their hashes, and the folder of what can be had again."""
 
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from platformdirs import user_cache_path
+
+CACHE_VARIABLE = "SAE_EMOTION_CACHE"
+
+
+def cache_folder() -> Path:
+    """The folder for downloads, converted models and codes: `SAE_EMOTION_CACHE`, or the user's cache folder."""
+    override = os.environ.get(CACHE_VARIABLE)
+    return Path(override).expanduser() if override else user_cache_path("sae_emotion_plugin")
 
 
 def check_folder(path: str | Path) -> Path:

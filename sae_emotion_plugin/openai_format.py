@@ -1,95 +1,30 @@
-"""Checkpoints in the format of OpenAI's sparse autoencoders, read into SAELens objects.
+"""Checkpoints in the format of OpenAI's sparse autoencoders <-> SAELens objects, in both directions.
 
-A file is what ``torch.save(autoencoder.state_dict())`` of https://github.com/openai/sparse_autoencoder
-leaves: ``encoder.weight``, ``decoder.weight``, ``pre_bias``, ``latent_bias``, ``activation``,
-``activation_state_dict`` and three training statistics. Its reader normalises the input if and only if the
-activation is TopK.
+OpenAI's reader normalises the input if and only if the activation is TopK. So a TopK file becomes a TopK SAE on
+layer-normed input, a ReLU file a standard one, and nothing else can be written.
 """
 
 import os
-import pickle
-import re
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-from jaxtyping import Float
-from sae_lens import SAE
+from sae_lens import SAE, StandardSAE, TopKSAE
 from sae_lens.loading.pretrained_sae_loaders import LLM_METADATA_KEYS
 from safetensors import SafetensorError
 from torch import Tensor
 
+from sae_emotion_plugin.files import replacing
 from sae_emotion_plugin.messages import first_line
+from sae_emotion_plugin.openai_checkpoint import DTYPES, OpenAICheckpoint, all_finite, read_openai_checkpoint
+from sae_emotion_plugin.openai_saes import STANDARD, TOPK, ensure_registered
 
-WEIGHTS = ("encoder.weight", "decoder.weight", "pre_bias", "latent_bias")
-BUFFERS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
-ACTIVATIONS = ("ReLU", "TopK")
-DTYPES = ("float32", "float16", "bfloat16", "float64")
-
-_TIED_DECODER = "decoder.linear.weight"
-_OTHER_KEYS = ("activation", "activation_state_dict")
 _SAE_LENS_KWARGS_WARNING = r"\s*This SAE has non-empty model_from_pretrained_kwargs"
-
-
-@dataclass(frozen=True)
-class OpenAICheckpoint:
-    """A checked checkpoint, in the file's own orientation and dtype."""
-
-    encoder: Float[Tensor, "d_sae d_in"]
-    decoder: Float[Tensor, "d_in d_sae"]
-    pre_bias: Float[Tensor, "d_in"]
-    latent_bias: Float[Tensor, "d_sae"]
-    activation: Literal["ReLU", "TopK"]
-    k: int | None
-    """Active latents per token; None for ReLU."""
-    buffers: Mapping[str, Tensor]
-    """The training statistics that the file carries (OpenAI's files carry all three); they change no code."""
-    tied: bool
-    """The decoder was stored as ``decoder.linear.weight``, which is the encoder again."""
-
-
-def read_openai_checkpoint(path: str | Path) -> OpenAICheckpoint:
-    """The checked content of an OpenAI-format file, on the CPU; no code in the file is ever run.
-
-    Weights may be float16, bfloat16, float32 or float64. The three statistics may be missing, and so may
-    ``activation``, which then means ReLU, as in OpenAI's reader.
-
-    Raises FileNotFoundError when there is no file, ValueError for anything else that cannot be read exactly.
-    """
-    path = Path(path).expanduser()
-    state = _load_state(path)
-    tied = _TIED_DECODER in state and "decoder.weight" not in state
-    expected = [_TIED_DECODER if tied and key == "decoder.weight" else key for key in WEIGHTS]
-    if missing := [key for key in expected if key not in state]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; valid keys: {_valid_keys()}")
-    if extra := [str(key) for key in state if key not in (*expected, *BUFFERS, *_OTHER_KEYS)]:
-        raise ValueError(f"{path} has the unknown key {_shortened(', '.join(extra))}; valid keys: {_valid_keys()}")
-    tensors = {key: _checked_tensor(path, key, state[key]) for key in (*expected, *BUFFERS) if key in state}
-
-    if tied:
-        # OpenAI's TiedTranspose stores the encoder a second time and transposes it when decoding.
-        if not torch.equal(tensors[_TIED_DECODER], tensors["encoder.weight"]):
-            raise ValueError(f"{path}: {_TIED_DECODER} differs from encoder.weight; a tied decoder equals its encoder")
-        tensors["decoder.weight"] = tensors.pop(_TIED_DECODER).T
-    _check_shapes(path, tensors)
-    d_sae = tensors["latent_bias"].shape[0]
-    activation, k = _read_activation(path, state, d_sae)
-    return OpenAICheckpoint(
-        encoder=tensors["encoder.weight"],
-        decoder=tensors["decoder.weight"],
-        pre_bias=tensors["pre_bias"],
-        latent_bias=tensors["latent_bias"],
-        activation=activation,
-        k=k,
-        buffers={key: tensors[key] for key in BUFFERS if key in tensors},
-        tied=tied,
-    )
 
 
 def load_openai_checkpoint(
@@ -100,6 +35,9 @@ def load_openai_checkpoint(
     metadata: Mapping[str, Any] | None = None,
 ) -> SAE:
     """A SAELens TopKSAE (layer-normed input) or StandardSAE that computes what OpenAI's own code computes.
+
+    On the CPU and in the file's own dtype the weights stay in the memory-mapped file and are transposed views of it,
+    so the file must not be written to meanwhile. The SAE decodes as often as one likes (`openai_saes`).
 
     The file knows neither its model nor its hook: say them in `metadata` (``model_name``, ``hook_name``,
     ``neuronpedia_id``, ``context_size``, ...). ``prepend_bos`` is False unless said otherwise, as for OpenAI.
@@ -118,23 +56,26 @@ def openai_disk_loader(
     path: str | Path, device: str = "cpu", cfg_overrides: dict[str, Any] | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """SAELens's config and weights of an OpenAI-format file: ``SAE.load_from_disk(path, converter=...)``."""
-    checkpoint = read_openai_checkpoint(path)
+    return sae_lens_parts(read_openai_checkpoint(path), device, cfg_overrides, str(path))
+
+
+def sae_lens_parts(
+    checkpoint: OpenAICheckpoint, device: str, cfg_overrides: Mapping[str, Any] | None, name: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """SAELens's config and weights of a checkpoint; `name` is what an error calls it."""
+    ensure_registered()
     cfg = _sae_lens_config(checkpoint, device, cfg_overrides)
     dtype = getattr(torch, cfg["dtype"])
-    weights = {
-        "W_enc": checkpoint.encoder.T,
-        "W_dec": checkpoint.decoder.T,
-        "b_enc": checkpoint.latent_bias,
-        "b_dec": checkpoint.pre_bias,
-    }
-    # A copy of each in row order: safetensors refuses views and shared storage when the SAE is saved.
-    weights = {
-        name: tensor.to(cfg["device"], dtype, copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in weights.items()
-    }
-    for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {name} overflows in {cfg['dtype']}; valid dtypes: {', '.join(DTYPES)}")
+    encoder, decoder = checkpoint.encoder, checkpoint.decoder
+    if decoder.untyped_storage().data_ptr() == encoder.untyped_storage().data_ptr():
+        decoder = decoder.clone()  # what changes one in place, such as folding norms, may not change the other
+    stored = {"W_enc": encoder, "W_dec": decoder, "b_enc": checkpoint.latent_bias, "b_dec": checkpoint.pre_bias}
+    weights = {}
+    for key, tensor in stored.items():
+        moved = tensor.to(cfg["device"], dtype)
+        if moved.dtype != tensor.dtype and not all_finite(moved):
+            raise ValueError(f"{name}: {key} overflows in {cfg['dtype']}; valid dtypes: {', '.join(DTYPES)}")
+        weights[key] = moved.T if key.startswith("W") else moved
     return cfg, weights
 
 
@@ -142,7 +83,8 @@ def openai_disk_config(
     path: str | Path, device: str | None = None, cfg_overrides: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """SAELens's flat config of an OpenAI-format file."""
-    return _sae_lens_config(read_openai_checkpoint(path), device or "cpu", cfg_overrides)
+    ensure_registered()
+    return _sae_lens_config(read_openai_checkpoint(path, check_numbers=False), device or "cpu", cfg_overrides)
 
 
 def openai_huggingface_loader(
@@ -200,6 +142,51 @@ def convert(
     return out
 
 
+def save_openai_checkpoint(sae: SAE, path: str | Path) -> Path:
+    """The path of a file, now written, that OpenAI's own ``Autoencoder.from_state_dict`` reads as the same autoencoder.
+
+    Weights keep their dtype and every bit, but for decoder norms that scale the codes
+    (``rescale_acts_by_decoder_norm``), which are folded into the weights. The training statistics, which SAELens does
+    not know, are OpenAI's initial ones.
+
+    Raises ValueError for what the format cannot express, FileNotFoundError when the folder does not exist.
+    """
+    activation, k = _expressible(sae)
+    weights = {name: tensor.detach().cpu() for name, tensor in sae.state_dict().items()}
+    for name, tensor in weights.items():
+        if not all_finite(tensor):
+            raise ValueError(f"cannot save this SAE: {name} holds NaN or infinite numbers; valid: finite numbers")
+    encoder, decoder, latent_bias = weights["W_enc"], weights["W_dec"], weights["b_enc"]
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        norms = sae.get_W_dec_norm().cpu()
+        encoder, latent_bias, decoder = encoder * norms, latent_bias * norms, decoder / norms[:, None]
+    d_sae = int(sae.cfg.d_sae)
+    state = {
+        "pre_bias": weights["b_dec"],
+        "latent_bias": latent_bias,
+        "stats_last_nonzero": torch.zeros(d_sae, dtype=torch.long),
+        "latents_activation_frequency": torch.ones(d_sae),
+        "latents_mean_square": torch.zeros(d_sae),
+        "encoder.weight": encoder.T,
+        "decoder.weight": decoder.T,
+        "activation": activation,
+        "activation_state_dict": {} if k is None else {"k": k, "postact_fn": "ReLU"},
+    }
+    # Contiguous and apart: torch.save writes the whole storage behind a view.
+    state = {
+        key: value.contiguous().clone() if isinstance(value, Tensor) and _is_view(value) else value
+        for key, value in state.items()
+    }
+    try:
+        with replacing(path) as partial:
+            torch.save(state, partial)
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError) as error:  # torch's writer has no error of its own for a full disk
+        raise ValueError(f"cannot write {path}: {first_line(error)}") from error
+    return Path(path)
+
+
 def checked_device(device: str | None) -> str:
     """The device itself; for None a GPU when torch sees one, else the CPU."""
     if device is None:
@@ -220,104 +207,38 @@ def checked_dtype(dtype: str) -> str:
     return dtype
 
 
-def _load_state(path: Path) -> dict[str, Any]:
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; an OpenAI checkpoint is one .pt file")
-    if not path.exists():
-        raise FileNotFoundError(f"there is no checkpoint at {path}")
-    try:
-        with path.open("rb") as file:
-            start = file.read(64).lstrip()
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    if not start:
-        raise ValueError(f"{path} is empty; an OpenAI checkpoint is a file written by torch.save")
-    if start.startswith((b"<", b"version https://git-lfs")):
-        kind = "a web page" if start.startswith(b"<") else "a Git LFS pointer"
-        raise ValueError(f"{path} is {kind}, not a file written by torch.save; download it again")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if refused := re.search(r"(?:GLOBAL|Unsupported class|Unsupported global:?) ([\w.]+)", str(error)):
-            raise ValueError(
-                f"{path} holds {refused[1]}, which could run code; valid: only tensors, numbers and text"
-            ) from error
-        raise ValueError(f"{path} is not a readable torch.save file (truncated or damaged)") from error
-    except Exception as error:
-        # Damaged bytes surface as almost any exception of the unpickler, the zip reader or torch.
-        raise ValueError(f"{path} is not a readable torch.save file (truncated or damaged)") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not the state_dict of an autoencoder")
-    return state
+def _expressible(sae: SAE) -> tuple[str, int | None]:
+    """The activation and k of an SAE that the format can hold; ValueError naming what it cannot."""
+    cfg = sae.cfg
+    if not isinstance(sae, TopKSAE | StandardSAE):
+        found = f"a {type(sae).__name__} (architecture {cfg.architecture()!r})"
+        valid = "a TopKSAE or a StandardSAE"
+    elif cfg.reshape_activations != "none":
+        found, valid = f"reshape_activations={cfg.reshape_activations!r}", "'none'"
+    elif not cfg.apply_b_dec_to_input:
+        found, valid = "apply_b_dec_to_input=False", "True"
+    elif isinstance(sae, TopKSAE) and cfg.normalize_activations != "layer_norm":
+        found = f"a TopK SAE with normalize_activations={cfg.normalize_activations!r}"
+        valid = "'layer_norm' (OpenAI's reader normalises the input if and only if the activation is TopK)"
+    elif isinstance(sae, StandardSAE) and cfg.normalize_activations != "none":
+        found = f"a ReLU SAE with normalize_activations={cfg.normalize_activations!r}"
+        valid = "'none' (OpenAI's reader normalises the input if and only if the activation is TopK)"
+    elif isinstance(sae, TopKSAE) and not 1 <= sae.cfg.k <= cfg.d_sae:
+        found, valid = f"k={sae.cfg.k}", f"1 to {cfg.d_sae} (d_sae)"
+    else:
+        return ("TopK", int(sae.cfg.k)) if isinstance(sae, TopKSAE) else ("ReLU", None)
+    raise ValueError(f"OpenAI's format cannot express {found}; valid: {valid}")
 
 
-def _checked_tensor(path: Path, key: str, value: object) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{path}: {key} is a {type(value).__name__}, not a tensor")
-    floating = value.dtype in tuple(getattr(torch, dtype) for dtype in DTYPES)
-    if key not in BUFFERS and not floating:
-        raise ValueError(f"{path}: {key} has dtype {value.dtype}; valid: {', '.join(DTYPES)}")
-    if value.layout != torch.strided or value.device.type != "cpu":
-        raise ValueError(f"{path}: {key} is not a dense tensor with data")
-    # A few stored bytes may claim any shape through zero strides.
-    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
-        raise ValueError(f"{path}: {key} claims the shape {_shape(value)} with too few stored numbers")
-    value = value.detach()
-    if floating and not torch.isfinite(value).all():
-        raise ValueError(f"{path}: {key} holds NaN or infinite numbers; every number must be finite")
-    return value
-
-
-def _check_shapes(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    for key in ("pre_bias", "latent_bias"):
-        if tensors[key].ndim != 1 or tensors[key].numel() == 0:
-            raise ValueError(f"{path}: {key} has the shape {_shape(tensors[key])}; valid: one non-empty axis")
-    d_in, d_sae = tensors["pre_bias"].shape[0], tensors["latent_bias"].shape[0]
-    valid = {"encoder.weight": (d_sae, d_in), "decoder.weight": (d_in, d_sae)}
-    if d_in != d_sae and all(tensors[key].shape == shape[::-1] for key, shape in valid.items()):
-        raise ValueError(
-            f"{path}: encoder.weight {_shape(tensors['encoder.weight'])} and decoder.weight"
-            f" {_shape(tensors['decoder.weight'])} are swapped; valid: {(d_sae, d_in)} and {(d_in, d_sae)}"
-        )
-    for key, shape in {**valid, **{key: (d_sae,) for key in BUFFERS if key in tensors}}.items():
-        if tensors[key].shape != shape:
-            raise ValueError(
-                f"{path}: {key} has the shape {_shape(tensors[key])}; valid: {shape},"
-                f" from d_in={d_in} (pre_bias) and d_sae={d_sae} (latent_bias)"
-            )
-
-
-def _read_activation(path: Path, state: Mapping[str, Any], d_sae: int) -> tuple[Literal["ReLU", "TopK"], int | None]:
-    activation, options = state.get("activation", "ReLU"), state.get("activation_state_dict", {})
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{path}: unknown activation {_shortened(repr(activation))}; valid: {', '.join(ACTIVATIONS)}")
-    if not isinstance(options, dict):
-        raise ValueError(f"{path}: activation_state_dict is a {type(options).__name__}; valid: a dict")
-    valid = {"k", "postact_fn"} if activation == "TopK" else set()
-    if set(options) != valid:
-        found = _shortened(", ".join(map(str, options))) or "nothing"
-        raise ValueError(
-            f"{path}: activation_state_dict of {activation} holds {found};"
-            f" valid: {', '.join(sorted(valid)) or 'nothing'}"
-        )
-    if activation == "ReLU":
-        return "ReLU", None
-    k, postact_fn = options["k"], options["postact_fn"]
-    if postact_fn != "ReLU":
-        # SAELens's TopK always ends in a ReLU, so negative codes would be lost without a word.
-        raise ValueError(f"{path}: unsupported postact_fn {_shortened(repr(postact_fn))}; valid: 'ReLU'")
-    if type(k) is not int or not 1 <= k <= d_sae:
-        raise ValueError(f"{path}: k is {_shortened(repr(k))}; valid: a whole number from 1 to {d_sae} (d_sae)")
-    return "TopK", k
+def _is_view(tensor: Tensor) -> bool:
+    return not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
 
 
 def _sae_lens_config(checkpoint: OpenAICheckpoint, device: str, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
     # Flat and without sae_lens_version, as SAELens's own loaders do it: SAELens nests the metadata.
     d_sae, d_in = checkpoint.encoder.shape
     cfg: dict[str, Any] = {
-        "architecture": "topk" if checkpoint.activation == "TopK" else "standard",
+        "architecture": TOPK if checkpoint.activation == "TopK" else STANDARD,
         "d_in": d_in,
         "d_sae": d_sae,
         "dtype": "float32",
@@ -344,16 +265,3 @@ def _downloaded(repo_id: str, file: str, force_download: bool) -> str:
         return hf_hub_download(repo_id, file, force_download=force_download)
     except (OSError, EntryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(f"cannot download {file} of {repo_id}: {first_line(error)}") from error
-
-
-def _valid_keys() -> str:
-    return ", ".join((*WEIGHTS, *BUFFERS, *_OTHER_KEYS))
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
-
-
-def _shortened(text: str) -> str:
-    text = text.replace("\n", " ")
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from sae_lens import SAE
 from sae_lens.loading import pretrained_sae_loaders as sae_lens_loaders
 from sae_lens.loading import pretrained_saes_directory as sae_lens_directory
@@ -16,13 +15,15 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sae_emotion_plugin import openai_format, registry
+from sae_emotion_plugin import openai_format, openai_releases, registry
+from sae_emotion_plugin.openai_checkpoint import all_finite
+from sae_emotion_plugin.openai_saes import ensure_registered, repeatable_decode
 
 DEFAULT_DICTIONARY = "gemma-3-270m-emotion"
 OPENAI_LOADER = "openai"
 REGISTRY_LOADER = "sae_emotion_registry"
 _SPARSITY_FILE = "sparsity.safetensors"
-_NAMES = "a registry name, 'owner/repo:id', a folder or a .pt file"
+_NAMES = "a registry name, 'owner/repo:id', a folder, a .pt file or the URL of one"
 
 
 class RegisteredRelease(sae_lens_directory.PretrainedSAELookup):
@@ -32,8 +33,9 @@ class RegisteredRelease(sae_lens_directory.PretrainedSAELookup):
 def register() -> tuple[str, ...]:
     """The releases of our registry, now known to plain ``SAE.from_pretrained(release, sae_id)``.
 
-    Also adds the loaders ``openai`` and ``sae_emotion_registry`` to SAELens's named loaders. Call it as often
-    as you like: it follows changes of the registry, and repairs a directory that SAELens has rebuilt.
+    Also adds the loaders ``openai``, ``openai_blob`` and ``sae_emotion_registry`` to SAELens's named loaders, and the
+    architectures of `openai_saes` to its classes. Call it as often as you like: it follows changes of the registry, and
+    repairs a directory that SAELens has rebuilt.
 
     Raises ValueError, with nothing changed, when SAELens has something else under one of these names.
     """
@@ -50,6 +52,7 @@ def register() -> tuple[str, ...]:
     for release in releases:
         if not isinstance(directory.get(release), RegisteredRelease | None):
             raise ValueError(f"SAELens already has a release {release!r} that is not ours; it is left alone")
+    ensure_registered()
     for table, ours in tables:
         table.update(ours)
     for release in [name for name, known in directory.items() if isinstance(known, RegisteredRelease)]:
@@ -65,7 +68,9 @@ def load_dictionary(
 
     `source` is a registry name (``release`` or ``release/sae_id``), ``owner/repo:id`` on the Hugging Face
     Hub, ``release:id`` of SAELens's own directory, a folder with ``cfg.json`` and
-    ``sae_weights.safetensors``, or an OpenAI-format ``.pt`` file. By default it goes to a GPU if there is one.
+    ``sae_weights.safetensors``, an OpenAI-format ``.pt`` file or its URL. By default it goes to a GPU if there is one.
+
+    A TopK SAE on layer-normed input comes as an `openai_saes.OpenAITopKSAE`, which decodes any number of times.
 
     `layer` chooses among the SAEs of a release that is named without an id, and is checked against any other.
 
@@ -164,6 +169,8 @@ def _load(source: str | Path, device: str, dtype: str) -> SAE:
     releases = {entry.release for entry in registry.entries()}
     if isinstance(source, str) and re.split("[/:]", name, maxsplit=1)[0] in releases:
         return _from_registry(*registry.find(name), device, dtype)
+    if isinstance(source, str) and "://" in name:
+        return openai_releases.load_openai_url(name, device=device, dtype=dtype)
     if name and path.is_dir():
         return _from_folder(path, device, dtype)
     if path.suffix == ".pt":
@@ -236,9 +243,9 @@ def _from_folder(folder: Path, device: str, dtype: str) -> SAE:
 def _checked(name: str, sae: SAE) -> SAE:
     _refuse_transcoder(name, sae.cfg.architecture(), sae.cfg.metadata.to_dict())
     for parameter, tensor in sae.state_dict().items():
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise ValueError(f"{name}: {parameter} holds NaN or infinite numbers; valid: finite numbers")
-    return sae
+    return repeatable_decode(sae)
 
 
 def _refuse_transcoder(name: str, architecture: str, metadata: Mapping[str, Any]) -> None:
@@ -251,11 +258,19 @@ def _refuse_transcoder(name: str, architecture: str, metadata: Mapping[str, Any]
 
 
 def _loaders() -> dict[str, Any]:
-    return {OPENAI_LOADER: openai_format.openai_huggingface_loader, REGISTRY_LOADER: registry_loader}
+    return {
+        OPENAI_LOADER: openai_format.openai_huggingface_loader,
+        openai_releases.BLOB_LOADER: openai_releases.openai_blob_loader,
+        REGISTRY_LOADER: registry_loader,
+    }
 
 
 def _config_getters() -> dict[str, Any]:
-    return {OPENAI_LOADER: openai_format.openai_huggingface_config, REGISTRY_LOADER: registry_config}
+    return {
+        OPENAI_LOADER: openai_format.openai_huggingface_config,
+        openai_releases.BLOB_LOADER: openai_releases.openai_blob_config,
+        REGISTRY_LOADER: registry_config,
+    }
 
 
 def _lookup(entry: registry.RegistryEntry) -> RegisteredRelease:

@@ -100,7 +100,8 @@ class RegistryEntry:
     """Name of the model as TransformerLens knows it."""
     saes: tuple[SaeRecord, ...]
     repo_id: str = ""
-    """Hugging Face repository; empty when the files lie beside the YAML file."""
+    """Hugging Face repository, or with `openai_blob` the account and container of a blob store; empty when the files
+    lie beside the YAML file."""
     conversion_func: str | None = None
     """Name of the SAELens loader; None for SAELens's own format."""
     config_overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -295,7 +296,11 @@ def listed(names: Iterable[str]) -> str:
     return shown if len(names) <= 12 else f"{shown} and {len(names) - 12} more"
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+# PyYAML may have been built without its fast parser.
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _UniqueKeyLoader(_SafeLoader):
     """PyYAML keeps the last of two equal keys without a word; here the second is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -59,9 +59,11 @@ def is_plain_topk(sae: Any) -> bool:
     """Whether `topk_codes` gives what the SAE's own `encode` does: a TopK SAE of SAELens that nobody hooks into."""
     from sae_lens.saes.topk_sae import TopK, TopKSAE
 
+    from sae_emotion_plugin.openai_saes import OpenAITopKSAE
+
     hooks = ("hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post")
     return (
-        type(sae) is TopKSAE
+        type(sae) in (TopKSAE, OpenAITopKSAE)
         and type(sae.activation_fn) is TopK
         and not any(getattr(sae, name).has_hooks() for name in hooks)
     )

@@ -226,7 +226,7 @@ def test_a_dictionary_loads_from_a_folder_an_openai_file_or_an_object(folder, tm
     sae = topk_sae()
     assert load_dictionary(sae) is sae
     loaded = load_dictionary(openai_file(tmp_path), device="cpu")
-    assert type(loaded) is StandardSAE and torch.equal(loaded.W_enc, sae.W_enc)
+    assert isinstance(loaded, StandardSAE) and torch.equal(loaded.W_enc, sae.W_enc)
 
 
 @pytest.mark.parametrize("name", ["owner/name:a/8", "gpt2-small-res-jb:blocks.0.hook_resid_pre"])

@@ -90,7 +90,7 @@ def test_unknown_names_list_the_valid_ones(folders):
 
 
 BAD_YAML = [
-    ("a: [", "is not valid YAML: line 1"),
+    ("a: [", r"is not valid YAML: line \d: "),  # PyYAML's two parsers count differently
     ("a: 1\na: 2\n", "is not valid YAML: line 2: the key 'a' stands twice"),
     ("a: !!python/object/apply:os.getcwd []\n", "is not valid YAML: line 1: could not determine a constructor"),
     ("- 1\n", r"the file is \[1\]; valid: a mapping"),

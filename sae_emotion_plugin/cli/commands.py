@@ -2,27 +2,49 @@
 
 import json
 import logging
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
 from sae_emotion_plugin.cli.dashboards import dashboards
 from sae_emotion_plugin.cli.discovery import discover, features, layers, lens, roles
+from sae_emotion_plugin.cli.inspect import inspect
 from sae_emotion_plugin.cli.monitor import monitor
 from sae_emotion_plugin.cli.options import OneLineErrors, dictionary_option, json_option, model_option
 from sae_emotion_plugin.cli.publish import publish
 from sae_emotion_plugin.cli.registry import registry
 from sae_emotion_plugin.cli.steering import export, steer, study
 from sae_emotion_plugin.cli.view import view
+from sae_emotion_plugin.files import CACHE_VARIABLE
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="sae-emotion-plugin")
 @click.option("--verbose", "-v", is_flag=True, help="Log what is being done.")
-def main(verbose: bool) -> None:
+@click.option("--cache-dir", type=click.Path(file_okay=False), help="Folder for downloads, converted models and codes.")
+@click.pass_context
+def main(ctx: click.Context, verbose: bool, cache_dir: str | None) -> None:
     """Find emotion features in language models with sparse autoencoders, and steer with them."""
+    if cache_dir is not None:
+        ctx.with_resource(_cache_in(cache_dir))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+
+
+@contextmanager
+def _cache_in(folder: str) -> Iterator[None]:
+    before = os.environ.get(CACHE_VARIABLE)
+    os.environ[CACHE_VARIABLE] = folder
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[CACHE_VARIABLE]
+        else:
+            os.environ[CACHE_VARIABLE] = before
 
 
 @main.command()
@@ -146,18 +168,32 @@ def train(recipe: Path, out: Path, texts: Path, register: bool, as_json: bool) -
 
 
 @main.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
+@click.option("--to", "form", type=click.Choice(["saelens", "openai"]), default="saelens", show_default=True)
 @click.option("--hook-name", help="Hook that the SAE reads, for example blocks.8.hook_resid_post.")
 @click.option("--model-name", help="Model that the SAE was trained on, for example gpt2-small.")
 @json_option
-def convert(checkpoint: Path, out: Path, hook_name: str | None, model_name: str | None, as_json: bool) -> None:
-    """Convert an OpenAI-format CHECKPOINT (.pt) into the folder OUT, in SAELens's format."""
-    from sae_emotion_plugin.openai_format import convert as run
+def convert(source: str, out: Path, form: str, hook_name: str | None, model_name: str | None, as_json: bool) -> None:
+    """Convert an OpenAI-format checkpoint SOURCE (.pt) into the folder OUT, in SAELens's format.
 
+    With --to openai the other way round: a dictionary (a registry name, 'owner/repo:id', a folder) into the file OUT.
+    """
     given = {"hook_name": hook_name, "model_name": model_name}
-    folder = run(checkpoint, out, metadata={key: value for key, value in given.items() if value is not None})
-    click.echo(json.dumps({"folder": str(folder)}) if as_json else f"written to {folder}")
+    metadata = {key: value for key, value in given.items() if value is not None}
+    if form == "openai":
+        if metadata:
+            raise ValueError(f"OpenAI's format cannot hold {', '.join(metadata)}; valid with --to openai: neither")
+        from sae_emotion_plugin.openai_format import save_openai_checkpoint
+        from sae_emotion_plugin.plugin import load_dictionary
+
+        written = save_openai_checkpoint(load_dictionary(source, device="cpu"), out)
+    else:
+        from sae_emotion_plugin.openai_format import convert as run
+
+        written = run(source, out, metadata=metadata)
+    key = "file" if form == "openai" else "folder"
+    click.echo(json.dumps({key: str(written)}) if as_json else f"written to {written}")
 
 
 for command in (
@@ -165,6 +201,7 @@ for command in (
     discover,
     export,
     features,
+    inspect,
     layers,
     lens,
     monitor,

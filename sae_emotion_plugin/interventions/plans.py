@@ -322,7 +322,8 @@ def dictionary_sha256(sae: Any) -> str:
     versions = tuple((name, value.data_ptr(), value._version) for name, value in weights.items())
     known = _HASHES.get(sae)
     if known is None or known[0] != versions:
-        config = [sae.cfg.architecture(), sae.cfg.normalize_activations, getattr(sae.cfg, "k", None)]
+        settings = sae.cfg.to_dict()  # with the architecture by which the SAE is saved
+        config = [settings["architecture"], sae.cfg.normalize_activations, getattr(sae.cfg, "k", None)]
         digest = hashlib.sha256(json.dumps(config, default=str).encode())
         for name, value in sorted(weights.items()):
             digest.update(f"{name}{tuple(value.shape)}".encode())
