@@ -17,7 +17,16 @@ from sae_emotion_plugin import activation_store, registry, training
 from sae_emotion_plugin.activations import activation_batches
 from sae_emotion_plugin.evaluation import DictionaryReport, evaluate
 from sae_emotion_plugin.recipes import TextSource, TrainingRecipe
-from sae_emotion_plugin.training import TrainedDictionary, recipe_documents, register_dictionary, train
+from sae_emotion_plugin.training import (
+    TrainedDictionary,
+    dictionaries,
+    recipe_documents,
+    register_dictionary,
+    runs,
+    sae_lens_trainer,
+    spaces,
+    train,
+)
 
 RECIPE = TrainingRecipe(
     name="tiny-emotion",
@@ -72,8 +81,8 @@ def run(
 ) -> TrainedDictionary:
     """A training whose report is made up, unless it is to be `measured`, which takes longer than all the rest."""
     with pytest.MonkeyPatch.context() as patch:
-        if not measured and training.evaluate is evaluate:
-            patch.setattr(training, "evaluate", lambda *_, **__: MADE_UP)
+        if not measured and dictionaries.evaluate is evaluate:
+            patch.setattr(dictionaries, "evaluate", lambda *_, **__: MADE_UP)
         return train(recipe, bridge, root, out, progress=False, **options)
 
 
@@ -168,15 +177,15 @@ def test_codes_and_reconstructions_equal_the_trainers_in_normalised_space(
     bridge: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {}
-    fit = training._fit
 
     def spy(*arguments: Any) -> Any:
-        seen["sae"], seen["mean"], seen["scale"], log = fit(*arguments)
-        return seen["sae"], seen["mean"], seen["scale"], log
+        seen["fitted"] = sae_lens_trainer.fit_by_sae_lens(*arguments)
+        return seen["fitted"]
 
-    monkeypatch.setattr(training, "_fit", spy)
+    monkeypatch.setattr(runs, "fit_by_sae_lens", spy)
     folder = run(bridge, root, tmp_path / "tiny").folder
-    own, mean, scale, saved = seen["sae"].eval(), seen["mean"], seen["scale"], SAE.load_from_disk(folder)
+    own, mean, scale = seen["fitted"].sae.eval(), seen["fitted"].space.mean, seen["fitted"].space.scale
+    saved = SAE.load_from_disk(folder)
     texts = ["he is such a joy", "sad fear anger w1 w2 w3"]
     (batch,) = activation_batches(bridge, texts, HOOK, progress=False)
     normalised = (batch.vectors - mean) / scale
@@ -286,7 +295,7 @@ def test_a_checkpoint_that_was_not_finished_is_not_used(
         raise Stop
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(training, "_mark_complete", half_written)
+        patch.setattr(sae_lens_trainer, "_mark_complete", half_written)
         run(bridge, root, tmp_path / "tiny")
     assert list((tmp_path / "tiny.work").rglob("trainer_state.pt"))
     resumed = run(bridge, root, tmp_path / "tiny")
@@ -304,13 +313,17 @@ def test_other_texts_are_not_trained_on_old_activations(
     assert not torch.equal(weights(first)["b_dec"], weights(second)["b_dec"])
 
 
-@pytest.mark.parametrize("where", ["evaluate", "_save_folded", "_write_json"])
-def test_a_failure_after_training_leaves_no_folder(where: str, bridge: Any, root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "where"), [(dictionaries, "evaluate"), (spaces, "save_folded"), (dictionaries, "write_whole")]
+)
+def test_a_failure_after_training_leaves_no_folder(
+    module: Any, where: str, bridge: Any, root: Path, tmp_path: Path
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise Stop
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(training, where, fail)
+        patch.setattr(module, where, fail)
         run(bridge, root, tmp_path / "tiny")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.work"]
 
