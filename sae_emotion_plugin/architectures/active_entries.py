@@ -125,7 +125,7 @@ def make_unit_rows_(rows: Float[Tensor, "feature d_in"]) -> None:
     rows.div_(rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny))
 
 
-def strongest(values: Float[Tensor, " entry"], active: Active, k: int) -> tuple[Float[Tensor, " entry"], Active]:
+def strongest(values: Float[Tensor, " entry"], active: Active, k: int) -> tuple[Float[Tensor, " kept"], Active]:
     """Of a selection of equally many entries for each token the k largest of each."""
     each = len(values) // max(1, active.n_tokens)
     place = values.detach().view(active.n_tokens, each).topk(k, sorted=False).indices

@@ -43,6 +43,7 @@ def recipe_documents(
         record.append(
             {
                 "path": source.path,
+                **({"dataset": source.dataset} if source.dataset else {}),
                 "licence": source.licence,
                 "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
                 "training_texts": len(texts),
