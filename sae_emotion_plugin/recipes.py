@@ -13,6 +13,41 @@ import yaml
 
 REFERENCES = ("frozen-decoder", "frozen-encoder", "random-directions", "shuffled-weights")
 """Kinds of reference dictionary; `reference_saes` makes them."""
+NEEDED = object()
+"""Stands for the default of a key that has none."""
+_LOOP: dict[str, Any] = {"clip_norm": 1.0, "ema_decay": 0.0, "lr_reference_width": None}
+_RESAMPLING: dict[str, Any] = {"resampling": "none", "resample_every": None, "resample_below": 1e-5}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "topk": {"k": NEEDED, "aux_loss_coefficient": 1 / 32},
+    "openai-topk": {
+        "k": NEEDED,
+        "aux_loss_coefficient": 1 / 32,
+        "k_aux": None,
+        "multi_topk": 4,
+        "multi_topk_weight": 1 / 8,
+        **_LOOP,
+        "ema_decay": 0.999,
+    },
+    "relu-l1": {"l1_coefficient": NEEDED, "l1_warm_up_steps": 0, **_RESAMPLING, **_LOOP},
+    "batchtopk": {"k": NEEDED, "aux_loss_coefficient": 1 / 32, **_LOOP},
+    "jumprelu": {
+        "l0_coefficient": NEEDED,
+        "l0_warm_up_steps": 0,
+        "jumprelu_bandwidth": 0.05,
+        "jumprelu_init_threshold": 0.01,
+        **_LOOP,
+    },
+}
+"""The keys that an architecture uses beside those that all do, with their defaults; others are refused."""
+_POSITIVE = (
+    *("epochs", "steps", "lr", "batch_size", "context_size", "dead_token_window", "k_aux", "multi_topk"),
+    *("resample_every", "resample_below", "clip_norm", "lr_reference_width", "jumprelu_bandwidth"),
+)
+_NOT_NEGATIVE = (
+    *("lr_warm_up_steps", "lr_decay_share", "aux_loss_coefficient", "seed", "multi_topk_weight", "l1_coefficient"),
+    *("l1_warm_up_steps", "l0_coefficient", "l0_warm_up_steps", "jumprelu_init_threshold", "ema_decay"),
+)
+RESAMPLINGS = ("none", "plain", "anthropic")
 
 
 @dataclass(frozen=True)
@@ -27,10 +62,27 @@ class TextSource:
     """The column whose value makes rows one document (a novel's title); a row is a document when absent."""
     licence: str = ""
     """Licence of the texts, repeated in the dictionary's provenance."""
+    dataset: str | None = None
+    """Name on the Hugging Face Hub; where `path` is missing, it is written from there, once."""
+    split: str = "train"
+    """Of the data set."""
+    columns: tuple[str, ...] = ("text",)
+    """Of the data set; their texts, a line each, are one document."""
+    rows: int | None = None
+    """Of the data set, from its beginning; all when absent."""
 
     def __post_init__(self) -> None:
-        if self.tokens is not None and self.tokens < 1:
-            raise ValueError(f"texts: tokens is {self.tokens} of {self.path} (valid: a whole number from 1)")
+        for name in ("tokens", "rows"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(
+                    f"texts: {name} is {getattr(self, name)} of {self.path} (valid: a whole number from 1)"
+                )
+        if not self.columns:
+            raise ValueError(f"texts: columns of {self.path} are none (valid: names of columns)")
+        usual = {one.name: one.default for one in fields(self)}
+        unused = [name for name in ("split", "columns", "rows") if getattr(self, name) != usual[name]]
+        if self.dataset is None and unused:
+            raise ValueError(f"texts: {unused[0]} of {self.path} is for a data set, and there is none")
 
 
 @dataclass(frozen=True)
@@ -49,14 +101,16 @@ class TrainingRecipe:
     """Files of texts, in order."""
     d_sae: int
     """Number of features."""
-    k: int
-    """Features that fire on a token."""
-    epochs: float
-    """Passes over the collected activations."""
-    lr: float
-    """Peak learning rate of Adam."""
+    k: int | None = None
+    """Features that fire on a token (`batchtopk`: on average)."""
+    epochs: float | None = None
+    """Passes over the collected activations; either this or `steps`."""
+    lr: float = math.nan
+    """Peak learning rate of Adam; there is no default."""
+    steps: int | None = None
+    """Training steps; either this or `epochs`."""
     architecture: str = "topk"
-    """Only `topk` so far."""
+    """One of `ARCHITECTURES`, which says what keys it uses."""
     context_size: int = 128
     """Tokens of a window, BOS included."""
     held_out_share: float = 0.03
@@ -67,10 +121,40 @@ class TrainingRecipe:
     """Steps of linear warm-up."""
     lr_decay_share: float = 0.25
     """Share of the steps, at the end, with linear decay to zero."""
-    aux_loss_coefficient: float = 1 / 32
-    """Weight of the loss that revives dead features (AuxK, arXiv 2406.04093, A.2)."""
     dead_token_window: int = 200_000
-    """A feature silent for this many tokens counts as dead for AuxK."""
+    """A feature silent for this many tokens counts as dead."""
+    aux_loss_coefficient: float | None = None
+    """Weight of the loss that revives dead features (AuxK, arXiv 2406.04093, A.2)."""
+    k_aux: int | None = None
+    """Dead features that AuxK uses on a token; a power of two near half the input's width when absent."""
+    multi_topk: int | None = None
+    """Multi-TopK rebuilds from this many times k features as well."""
+    multi_topk_weight: float | None = None
+    """Weight of Multi-TopK; 0 turns it off."""
+    l1_coefficient: float | None = None
+    """Weight of the sum of a token's codes."""
+    l1_warm_up_steps: int | None = None
+    """Steps in which that weight rises from 0."""
+    resampling: str | None = None
+    """What becomes of features that hardly fire: none, plain or anthropic (`training.resampling`)."""
+    resample_every: int | None = None
+    """Steps from one resampling to the next."""
+    resample_below: float | None = None
+    """A feature is resampled that fired on a smaller share of the tokens since."""
+    l0_coefficient: float | None = None
+    """Weight of the number of features that fire."""
+    l0_warm_up_steps: int | None = None
+    """Steps in which that weight rises from 0."""
+    jumprelu_bandwidth: float | None = None
+    """Width of the kernel that gives thresholds a gradient, in units of the normalised activations."""
+    jumprelu_init_threshold: float | None = None
+    """Thresholds at the start, in the same units."""
+    clip_norm: float | None = None
+    """Longest gradient of a step."""
+    ema_decay: float | None = None
+    """The saved weights are a running mean with this decay; 0 saves the last ones."""
+    lr_reference_width: int | None = None
+    """`lr` is meant for this many features: with n it is scaled by the square root of this over n."""
     seed: int = 0
     """Seeds weights and order."""
     licence: str = ""
@@ -79,24 +163,65 @@ class TrainingRecipe:
     """Kind of reference dictionary that this is (one of `REFERENCES`); absent for one that is trained in earnest."""
 
     def __post_init__(self) -> None:
-        if self.architecture != "topk":
-            raise ValueError(f"unknown architecture {self.architecture!r} (valid: topk)")
-        if self.reference is not None and self.reference not in REFERENCES:
-            raise ValueError(f"unknown reference {self.reference!r} (valid: {', '.join(REFERENCES)}, or none)")
-        if not 0 < self.k <= self.d_sae:
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"unknown architecture {self.architecture!r} (valid: {', '.join(ARCHITECTURES)})")
+        self._fill_in()
+        if math.isnan(self.lr):
+            raise ValueError("missing key 'lr'")
+        if self.reference is not None and (self.reference not in REFERENCES or self.architecture != "topk"):
+            raise ValueError(
+                f"unknown reference {self.reference!r} (valid: {', '.join(REFERENCES)} of a topk recipe, or none)"
+            )
+        if self.k is not None and not 0 < self.k <= self.d_sae:
             raise ValueError(f"k {self.k} is not between 1 and d_sae {self.d_sae}")
         if not 0 < self.held_out_share < 1:
             raise ValueError(f"held_out_share {self.held_out_share} is not between 0 and 1")
         if not self.texts:
             raise ValueError("a recipe needs at least one file under texts")
-        for name in ("epochs", "lr", "batch_size", "context_size", "dead_token_window"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} {getattr(self, name)} is not positive")
-        for name in ("lr_warm_up_steps", "lr_decay_share", "aux_loss_coefficient", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)} is negative")
-        if self.lr_decay_share > 1:
-            raise ValueError(f"lr_decay_share {self.lr_decay_share} is above 1")
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("missing key 'epochs'; give it or 'steps', and not both")
+        if self.resampling not in (None, *RESAMPLINGS):
+            raise ValueError(f"unknown resampling {self.resampling!r} (valid: {', '.join(RESAMPLINGS)})")
+        if (self.resampling in (None, "none")) != (self.resample_every is None):
+            raise ValueError(f"resample_every is {self.resample_every} with resampling {self.resampling}")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} {value} is not positive")
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} {value} is negative")
+        for name in ("lr_decay_share", "resample_below", "ema_decay"):
+            value = getattr(self, name)
+            if value is not None and value > 1:
+                raise ValueError(f"{name} {value} is above 1")
+        if self.ema_decay == 1:
+            raise ValueError("ema_decay 1.0 would keep the first weights for ever (valid: below 1)")
+
+    def _fill_in(self) -> None:
+        """The architecture's defaults where a key is absent. ValueError for a key of another, or one that is needed."""
+        used = ARCHITECTURES[self.architecture]
+        for name in dict.fromkeys(name for keys in ARCHITECTURES.values() for name in keys):
+            given = getattr(self, name) is not None
+            if given and name not in used:
+                raise ValueError(
+                    f"{name} is not used by architecture {self.architecture!r} (it uses: {', '.join(used)})"
+                )
+            if not given and used.get(name) is NEEDED:
+                raise ValueError(f"missing key {name!r}; architecture {self.architecture!r} needs it")
+            if not given and name in used:
+                object.__setattr__(self, name, used[name])
+
+    def values(self, *names: str) -> dict[str, Any]:
+        """The values of some keys that the architecture uses, by name."""
+        return {name: getattr(self, name) for name in names}
+
+    def number_of_steps(self, tokens: int) -> int:
+        """How many steps the recipe makes of so many collected tokens."""
+        if self.epochs is not None:
+            return max(1, int(tokens * self.epochs) // self.batch_size)
+        return self.steps or 1
 
     @classmethod
     def read(cls, path: str | Path) -> "TrainingRecipe":
@@ -119,11 +244,15 @@ class TrainingRecipe:
             raise ValueError(f"{path}: {error}") from error
 
     def to_yaml(self) -> str:
-        data = asdict(self)
-        if self.reference is None:
-            del data["reference"]
-        data["texts"] = [{k: v for k, v in source.items() if v not in (None, "")} for source in data["texts"]]
+        data = {name: value for name, value in asdict(self).items() if value is not None}
+        data["texts"] = [_short(source) for source in self.texts]
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _short(source: TextSource) -> dict[str, Any]:
+    """The keys of a source that say something."""
+    given = {one.name: getattr(source, one.name) for one in fields(source) if getattr(source, one.name) != one.default}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
 
 def read_documents(path: Path, document_column: str | None = None) -> dict[str, list[str]]:
@@ -187,10 +316,14 @@ def checked_fields(kind: type, data: Any, where: str) -> dict[str, Any]:
 def _checked_value(value: Any, kind: Any, where: str) -> Any:
     """The value, if it is of its field's kind: YAML reads `4e-4` as text and `k: 32.0` as a fraction."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is float and number and math.isfinite(value):
+    if kind in (float, float | None) and number and math.isfinite(value):
         return float(value)
+    if kind == tuple[str, ...] and isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return tuple(value)
     valid = {
         float: ("a number, such as 0.001 or 1.0e-3", False),
+        float | None: ("a number, such as 0.001 or 1.0e-3", value is None),
+        tuple[str, ...]: ("a list of texts", False),
         int: ("a whole number", number and isinstance(value, int)),
         int | None: ("a whole number", value is None or (number and isinstance(value, int))),
         str: ("text", isinstance(value, str)),

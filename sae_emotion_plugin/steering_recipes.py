@@ -273,7 +273,9 @@ def _recipe_file(source: str | Path) -> Path:
         folder = Path(str(importlib.resources.files("sae_emotion_plugin._recipes")))
     except ModuleNotFoundError:
         folder = Path(__file__).parents[1] / "recipes"  # run from a checkout that is not installed
-    shipped = {one.stem: one for one in sorted(folder.glob("blog-*.yaml"))}
+    # Training recipes lie beside the studies; a dictionary's width tells them apart.
+    studies = [one for one in sorted(folder.glob("blog-*.yaml")) if "\nd_sae:" not in one.read_text(encoding="utf-8")]
+    shipped = {one.stem: one for one in studies}
     if str(source) not in shipped:
         raise FileNotFoundError(f"no such recipe: {source} (valid: a YAML file, or {', '.join(shipped)})")
     return shipped[str(source)]

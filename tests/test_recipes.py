@@ -21,6 +21,9 @@ MINIMAL: dict[str, Any] = {
 }
 
 
+RELU = {"architecture": "relu-l1", "k": None, "l1_coefficient": 1.0}
+
+
 def written(folder: Path, **changes: Any) -> Path:
     """A recipe file; a change of None leaves the key out."""
     data = {key: value for key, value in {**MINIMAL, **changes}.items() if value is not None}
@@ -45,6 +48,35 @@ def test_a_recipe_reads_as_it_was_written(tmp_path: Path) -> None:
     assert again.read_text() == TrainingRecipe.read(again).to_yaml()
 
 
+def test_an_architecture_s_own_keys_have_its_defaults_and_the_others_none(tmp_path: Path) -> None:
+    topk = TrainingRecipe.read(written(tmp_path))
+    assert (topk.aux_loss_coefficient, topk.clip_norm, topk.ema_decay, topk.l1_coefficient) == (
+        1 / 32,
+        None,
+        None,
+        None,
+    )
+    ours = TrainingRecipe.read(written(tmp_path, architecture="openai-topk", multi_topk_weight=0))
+    assert (ours.multi_topk, ours.multi_topk_weight, ours.clip_norm, ours.ema_decay, ours.k_aux) == (
+        4,
+        0,
+        1,
+        0.999,
+        None,
+    )
+    relu = TrainingRecipe.read(written(tmp_path, **RELU, epochs=None, steps=30))
+    assert (relu.resampling, relu.ema_decay, relu.k, relu.number_of_steps(10**6)) == ("none", 0, None, 30)
+    for recipe in (topk, ours, relu):
+        (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+        assert TrainingRecipe.read(tmp_path / "again.yaml") == recipe
+        assert "null" not in recipe.to_yaml()
+
+
+def test_steps_are_whole_batches_of_the_epochs(tmp_path: Path) -> None:
+    recipe = TrainingRecipe.read(written(tmp_path, epochs=1.5, batch_size=10))
+    assert [recipe.number_of_steps(tokens) for tokens in (3, 20, 105)] == [1, 3, 15]
+
+
 def test_a_whole_number_counts_as_a_fraction_where_one_is_wanted(tmp_path: Path) -> None:
     recipe = TrainingRecipe.read(written(tmp_path, epochs=3, lr=1))
     assert isinstance(recipe.epochs, float) and recipe == TrainingRecipe.read(written(tmp_path, epochs=3.0, lr=1.0))
@@ -52,8 +84,20 @@ def test_a_whole_number_counts_as_a_fraction_where_one_is_wanted(tmp_path: Path)
 
 def test_the_recipes_that_come_with_the_project_are_valid() -> None:
     folder = Path(__file__).parents[1] / "recipes"
-    recipes = [TrainingRecipe.read(path) for path in sorted(folder.glob("*.yaml")) if not path.stem.startswith("blog-")]
-    assert recipes and len({recipe.name for recipe in recipes}) == len(recipes)
+    paths = [path for path in sorted(folder.glob("*.yaml")) if "d_sae:" in path.read_text()]
+    recipes = {path.stem: TrainingRecipe.read(path) for path in paths}
+    assert {name: recipe.architecture for name, recipe in recipes.items()} == {
+        "blog-distilgpt2-mlp5": "relu-l1",
+        "embedded-batchtopk": "batchtopk",
+        "embedded-gemma": "topk",
+        "embedded-jumprelu": "jumprelu",
+        "openai-topk": "openai-topk",
+    }
+    assert len({recipe.name for recipe in recipes.values()}) == len(recipes)
+    blog, ours = recipes["blog-distilgpt2-mlp5"], recipes["openai-topk"]
+    assert (blog.d_sae, blog.steps, blog.resample_below) == (8 * 768, 1000, 1e-5)
+    assert blog.texts[0].dataset == "MarkrAI/KoCommercial-Dataset"
+    assert (ours.k, ours.multi_topk, ours.multi_topk_weight, ours.aux_loss_coefficient) == (32, 4, 1 / 8, 1 / 32)
 
 
 @pytest.mark.parametrize("key", ["name", "hook_name", "texts", "d_sae", "k", "epochs", "lr"])
@@ -91,7 +135,31 @@ def test_an_unknown_key_is_named_with_the_valid_ones(tmp_path: Path) -> None:
         ({"seed": -1}, "seed -1 is negative"),
         ({"held_out_share": 0}, "held_out_share 0.0 is not between 0 and 1"),
         ({"held_out_share": 1}, "held_out_share 1.0 is not between 0 and 1"),
-        ({"architecture": "relu"}, "unknown architecture 'relu' .valid: topk"),
+        (
+            {"architecture": "relu"},
+            "unknown architecture 'relu' .valid: topk, openai-topk, relu-l1, batchtopk, jumprelu",
+        ),
+        (
+            {"l1_coefficient": 1.0},
+            "l1_coefficient is not used by architecture 'topk' .it uses: k, aux_loss_coefficient",
+        ),
+        ({"clip_norm": 1.0}, "clip_norm is not used by architecture 'topk'"),
+        ({"ema_decay": 0.9, "architecture": "openai-topk", "resampling": "plain"}, "resampling is not used by"),
+        ({"architecture": "relu-l1", "l1_coefficient": 1.0}, "k is not used by architecture 'relu-l1'"),
+        ({"architecture": "relu-l1", "k": None}, "missing key 'l1_coefficient'"),
+        ({**RELU, "resampling": "often"}, "unknown resampling 'often' .valid: none, plain, anthropic"),
+        ({**RELU, "resampling": "plain"}, "resample_every is None with resampling plain"),
+        ({**RELU, "resample_every": 5}, "resample_every is 5 with resampling none"),
+        ({**RELU, "resampling": "plain", "resample_every": 5, "resample_below": 1.5}, "resample_below 1.5 is above 1"),
+        ({**RELU, "l1_coefficient": -1}, "l1_coefficient -1.0 is negative"),
+        ({"architecture": "openai-topk", "ema_decay": 1.0}, "ema_decay 1.0 would keep the first weights"),
+        ({"architecture": "openai-topk", "k_aux": 0}, "k_aux 0 is not positive"),
+        ({"architecture": "openai-topk", "reference": "frozen-decoder"}, "unknown reference 'frozen-decoder'"),
+        ({"steps": 5}, "give it or 'steps', and not both"),
+        ({"epochs": None, "steps": 0}, "steps 0 is not positive"),
+        ({"texts": [{"path": "a", "rows": 3}]}, "texts: rows of a is for a data set, and there is none"),
+        ({"texts": [{"path": "a", "dataset": "x/y", "columns": "text"}]}, "columns is 'text' .valid: a list of texts"),
+        ({"texts": [{"path": "a", "dataset": "x/y", "columns": []}]}, "texts: columns of a are none"),
         ({"name": 3}, "name is 3 .valid: text"),
         ({"texts": []}, "at least one file under texts"),
         ({"texts": "a.jsonl"}, "texts is 'a.jsonl' .valid: a list of files"),

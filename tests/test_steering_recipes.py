@@ -54,8 +54,8 @@ def test_a_recipe_is_read_with_its_kinds(tmp_path: Path) -> None:
 
 
 def test_the_studies_that_come_with_the_package_are_valid() -> None:
-    for path in sorted(RECIPES.glob("blog-*.yaml")):
-        assert StudyRecipe.read(path).name == path.stem
+    for name in ("blog-embedded", "blog-gpt2"):
+        assert StudyRecipe.read(RECIPES / f"{name}.yaml").name == name
     gpt2, embedded = StudyRecipe.read(RECIPES / "blog-gpt2.yaml"), StudyRecipe.read(RECIPES / "blog-embedded.yaml")
     assert gpt2.features == (62556, 79394, 86309, 69689)
     assert (gpt2.amount, gpt2.unit, gpt2.share, gpt2.prompts) == (20, "raw", "each", ("he is such a",))
@@ -74,7 +74,7 @@ def test_gpt2s_dictionary_is_one_that_saelens_knows() -> None:
 
 def test_a_study_is_found_by_its_name() -> None:
     assert StudyRecipe.read("blog-embedded") == StudyRecipe.read(RECIPES / "blog-embedded.yaml")
-    with pytest.raises(FileNotFoundError, match=r"no such recipe: blog-none .*blog-embedded, blog-gpt2"):
+    with pytest.raises(FileNotFoundError, match=r"no such recipe: blog-none .*, blog-embedded, blog-gpt2\\)"):
         StudyRecipe.read("blog-none")
 
 

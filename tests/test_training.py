@@ -17,7 +17,18 @@ from sae_emotion_plugin import activation_store, registry, training
 from sae_emotion_plugin.activations import activation_batches
 from sae_emotion_plugin.evaluation import DictionaryReport, evaluate
 from sae_emotion_plugin.recipes import TextSource, TrainingRecipe
-from sae_emotion_plugin.training import TrainedDictionary, recipe_documents, register_dictionary, train
+from sae_emotion_plugin.training import (
+    TrainedDictionary,
+    dictionaries,
+    own_loop,
+    recipe_documents,
+    register_dictionary,
+    runs,
+    sae_lens_trainer,
+    spaces,
+    train,
+)
+from sae_emotion_plugin.training.steps import Trainer
 
 RECIPE = TrainingRecipe(
     name="tiny-emotion",
@@ -72,8 +83,8 @@ def run(
 ) -> TrainedDictionary:
     """A training whose report is made up, unless it is to be `measured`, which takes longer than all the rest."""
     with pytest.MonkeyPatch.context() as patch:
-        if not measured and training.evaluate is evaluate:
-            patch.setattr(training, "evaluate", lambda *_, **__: MADE_UP)
+        if not measured and dictionaries.evaluate is evaluate:
+            patch.setattr(dictionaries, "evaluate", lambda *_, **__: MADE_UP)
         return train(recipe, bridge, root, out, progress=False, **options)
 
 
@@ -168,15 +179,15 @@ def test_codes_and_reconstructions_equal_the_trainers_in_normalised_space(
     bridge: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {}
-    fit = training._fit
 
     def spy(*arguments: Any) -> Any:
-        seen["sae"], seen["mean"], seen["scale"], log = fit(*arguments)
-        return seen["sae"], seen["mean"], seen["scale"], log
+        seen["fitted"] = sae_lens_trainer.fit_by_sae_lens(*arguments)
+        return seen["fitted"]
 
-    monkeypatch.setattr(training, "_fit", spy)
+    monkeypatch.setattr(runs, "fit_by_sae_lens", spy)
     folder = run(bridge, root, tmp_path / "tiny").folder
-    own, mean, scale, saved = seen["sae"].eval(), seen["mean"], seen["scale"], SAE.load_from_disk(folder)
+    own, mean, scale = seen["fitted"].sae.eval(), seen["fitted"].space.mean, seen["fitted"].space.scale
+    saved = SAE.load_from_disk(folder)
     texts = ["he is such a joy", "sad fear anger w1 w2 w3"]
     (batch,) = activation_batches(bridge, texts, HOOK, progress=False)
     normalised = (batch.vectors - mean) / scale
@@ -286,7 +297,7 @@ def test_a_checkpoint_that_was_not_finished_is_not_used(
         raise Stop
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(training, "_mark_complete", half_written)
+        patch.setattr(sae_lens_trainer, "_mark_complete", half_written)
         run(bridge, root, tmp_path / "tiny")
     assert list((tmp_path / "tiny.work").rglob("trainer_state.pt"))
     resumed = run(bridge, root, tmp_path / "tiny")
@@ -304,13 +315,17 @@ def test_other_texts_are_not_trained_on_old_activations(
     assert not torch.equal(weights(first)["b_dec"], weights(second)["b_dec"])
 
 
-@pytest.mark.parametrize("where", ["evaluate", "_save_folded", "_write_json"])
-def test_a_failure_after_training_leaves_no_folder(where: str, bridge: Any, root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "where"), [(dictionaries, "evaluate"), (spaces, "save_folded"), (dictionaries, "write_whole")]
+)
+def test_a_failure_after_training_leaves_no_folder(
+    module: Any, where: str, bridge: Any, root: Path, tmp_path: Path
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise Stop
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(training, where, fail)
+        patch.setattr(module, where, fail)
         run(bridge, root, tmp_path / "tiny")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.work"]
 
@@ -388,3 +403,93 @@ def test_a_name_that_cannot_stand_in_a_registry_leaves_nothing(
     with pytest.raises(ValueError, match="valid: "):
         register_dictionary(replace(trained, recipe=replace(trained.recipe, **change)), own)
     assert not own.exists()
+
+
+RECIPES = {
+    "openai-topk": {"k": 4, "k_aux": 8, "multi_topk": 2},
+    "relu-l1": {"k": None, "l1_coefficient": 0.3, "resampling": "plain", "resample_every": 10, "resample_below": 0.01},
+    "batchtopk": {"k": 4},
+    "jumprelu": {"k": None, "l0_coefficient": 0.1},
+}
+
+
+def of_architecture(name: str, **changes: Any) -> TrainingRecipe:
+    unused = {"aux_loss_coefficient": None, "epochs": None, "steps": 30}
+    return replace(RECIPE, architecture=name, **{**unused, **RECIPES[name], **changes})
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_architecture_trains_to_a_folder_that_plain_sae_lens_reads(
+    name: str, bridge: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        seen.append(own_loop.fit_by_loop(*arguments, **options))
+        return seen[0]
+
+    monkeypatch.setattr(runs, "fit_by_loop", spy)
+    trained = run(bridge, root, tmp_path / "tiny", of_architecture(name), measured=True)
+    sae = SAE.load_from_disk(trained.folder)
+    saved = {"openai-topk": "topk", "relu-l1": "standard"}.get(name, "jumprelu")
+    assert sae.cfg.architecture() == saved and sae.cfg.metadata.hook_name == HOOK
+    torch.testing.assert_close(sae.W_dec.data.norm(dim=-1), torch.ones(64), atol=1e-3, rtol=0)
+    assert trained.report.fvu < 1 and trained.report.l0 > 0
+    log = trained.provenance()["training"]
+    assert log["steps"] == 30 and log["curve"][-1]["step"] == 30 and log["curve"][-1]["fvu"] < log["curve"][0]["fvu"]
+    texts = ["he is such a joy", "sad fear anger w1 w2 w3"]
+    (batch,) = activation_batches(bridge, texts, HOOK, progress=False)
+    own, space = seen[0].sae.eval(), seen[0].space
+    with torch.inference_mode():
+        rebuilt = sae.decode(sae.encode(batch.vectors))
+        if name == "batchtopk":
+            return  # its codes depend on the batch; the saved threshold stands for it
+        expected = own.decode(own.encode(space.enter(batch.vectors)))
+    # Rounding to float16 may swap features that tie for the last place.
+    close = torch.isclose((rebuilt - space.mean) / space.scale, expected, atol=0.05, rtol=0.02).all(-1)
+    assert close.float().mean() > 0.8
+
+
+def test_a_loop_s_run_that_was_interrupted_ends_with_equal_weights(bridge: Any, root: Path, tmp_path: Path) -> None:
+    recipe = of_architecture("openai-topk")
+    options: dict[str, Any] = {"checkpoint_steps": 4}
+    whole = run(bridge, root, tmp_path / "whole", recipe, **options)
+    real, left = Trainer.step, iter(range(10))
+
+    def step(self: Trainer, batch: torch.Tensor) -> Any:
+        if next(left, None) is None:
+            raise Stop
+        return real(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Trainer, "step", step)
+        run(bridge, root, tmp_path / "tiny", recipe, **options)
+    with pytest.raises(ValueError, match=r"another recipe was begun here: lr was 0\.01 and is 0\.02\. Go on with"):
+        run(bridge, root, tmp_path / "tiny", replace(recipe, lr=0.02), **options)
+    resumed = run(bridge, root, tmp_path / "tiny", recipe, **options)
+    assert_equal_weights(resumed, whole)
+    assert resumed.provenance()["training"] == {**whole.provenance()["training"], "resumed_at_step": 8}
+    shutil.rmtree(resumed.folder)
+    run(bridge, root, tmp_path / "tiny", replace(recipe, lr=0.02), **options)
+
+
+def test_the_loss_recovered_is_measured_on_the_way_when_asked(bridge: Any, root: Path, tmp_path: Path) -> None:
+    trained = run(bridge, root, tmp_path / "tiny", of_architecture("relu-l1"), measured=True, measure_steps=15)
+    points = [point for point in trained.provenance()["training"]["curve"] if "loss_recovered" in point]
+    assert [point["step"] for point in points] == [15, 30]
+    # What is saved at the end has its rows brought to unit norm once more.
+    assert points[-1]["held_out_fvu"] == pytest.approx(trained.report.fvu, rel=0.01)
+    assert points[-1]["loss_recovered"] == pytest.approx(trained.report.loss_recovered, rel=0.01)
+
+
+def test_what_sae_lens_s_trainer_cannot_do_is_refused(bridge: Any, root: Path, tmp_path: Path) -> None:
+    for options in ({"loggers": ["tensorboard"]}, {"measure_steps": 5}):
+        with pytest.raises(ValueError, match="topk is trained by SAELens's trainer, without loggers"):
+            run(bridge, root, tmp_path / "tiny", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_rate_is_scaled_with_the_width() -> None:
+    recipe = of_architecture("openai-topk", lr=0.1, lr_reference_width=16)
+    assert own_loop.loop_settings(recipe, 10**6).step.lr == pytest.approx(0.05)
+    assert own_loop.loop_settings(of_architecture("openai-topk", lr=0.1), 10**6).step.lr == 0.1

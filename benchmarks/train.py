@@ -1,0 +1,78 @@
+"""Training tokens a second: our loop and TopK step against SAELens's trainer and TopK SAE, interleaved in one run.
+
+    python benchmarks/train.py [--d-sae 6144 32768] [--batch 2048 1024] [--rounds 3]
+
+A whole step each: forward, backward, clipping, Adam, the counters of dead features. Both train on the same activations
+with k = 32, tied unit-norm starts, AuxK at work only where a feature is dead (none is here), and no running mean.
+`openai_topk` is our class without Multi-TopK, which SAELens lacks; `openai_topk_whole` has that and the running mean.
+The last line is one JSON object; `ratio_<width>` is ours over SAELens's, each the fastest of its rounds, the smaller of
+the batch sizes' ratios.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.training.sae_trainer import SAETrainer
+
+from sae_emotion_plugin.architectures import OpenAITopKTrainingSAE, OpenAITopKTrainingSAEConfig
+from sae_emotion_plugin.training.steps import StepSettings, Trainer
+
+K = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--d-in", type=int, default=768)
+    parser.add_argument("--d-sae", type=int, nargs="+", default=[6144, 32768])
+    parser.add_argument("--batch", type=int, nargs="+", default=[2048, 1024])
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    rates: dict[str, dict[str, float]] = {}
+    result: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    for width in options.d_sae:
+        ratios = []
+        for batch in options.batch:
+            torch.manual_seed(0)
+            # A few directions carry most of it, as in a model's activations.
+            x = torch.randn(batch, options.d_in) * torch.logspace(0.5, -0.5, options.d_in)
+            found = _tokens_per_second(_steps(options.d_in, width, batch), x, options.rounds)
+            print(width, batch, {name: round(rate) for name, rate in found.items()}, flush=True)
+            rates[f"{width}, batch {batch}"] = found
+            ratios.append(found["openai_topk"] / found["sae_lens"])
+        result[f"ratio_{width}"] = min(ratios)
+    print(json.dumps({**result, "tokens_per_second": rates}))
+
+
+def _tokens_per_second(
+    steps: dict[str, Callable[[torch.Tensor], Any]], x: torch.Tensor, rounds: int
+) -> dict[str, float]:
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds + 1):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step(x)
+            seconds[name].append(time.perf_counter() - started)
+    # The first round warms up.
+    return {name: len(x) / min(times[1:]) for name, times in seconds.items()}
+
+
+def _steps(d_in: int, d_sae: int, batch: int) -> dict[str, Callable[[torch.Tensor], Any]]:
+    theirs = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=K, decoder_init_norm=1.0))
+    config = SAETrainerConfig(total_training_samples=1000 * batch, train_batch_size_samples=batch, lr=1e-4, lr_end=0.0)
+    found: dict[str, Callable[[torch.Tensor], Any]] = {
+        "sae_lens": SAETrainer(cfg=config, sae=theirs, data_provider=iter(())).step
+    }
+    for name, weight, decay in (("openai_topk", 0.0, 0.0), ("openai_topk_whole", 1 / 8, 0.999)):
+        ours = OpenAITopKTrainingSAE(OpenAITopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=K, multi_topk_weight=weight))
+        found[name] = Trainer(ours, StepSettings(steps=1000, lr=1e-4, ema_decay=decay)).step
+    return found
+
+
+if __name__ == "__main__":
+    main()

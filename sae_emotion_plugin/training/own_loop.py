@@ -1,0 +1,143 @@
+"""A recipe by the loop of this package: the SAE that its architecture names, its space, and its settings."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_emotion_plugin.activation_store import ActivationStore, content_key
+from sae_emotion_plugin.recipes import TrainingRecipe
+from sae_emotion_plugin.training.loop import LoopSettings, fit
+from sae_emotion_plugin.training.resampling import Resampling
+from sae_emotion_plugin.training.spaces import Fitted, TrainingSpace, finite_sample, sae_metadata, training_space
+from sae_emotion_plugin.training.steps import StepSettings
+
+
+def fit_by_loop(
+    recipe: TrainingRecipe,
+    store: ActivationStore,
+    model_name: str,
+    work: Path,
+    *,
+    measure: Callable[[Any], Mapping[str, float]] | None = None,
+    measure_steps: int = 0,
+    checkpoint_steps: int = 200,
+    open_loggers: Callable[[Path], Sequence[Callable[[Mapping[str, Any]], None]]] = lambda folder: (),
+    progress: bool = True,
+) -> Fitted:
+    """The SAE of a recipe, trained from the last checkpoint in `work` if there is one.
+
+    Args:
+        measure: figures of an inference SAE for raw activations; called every `measure_steps` steps.
+    """
+    sample = finite_sample(store, recipe.seed)
+    layer_normed = recipe.architecture == "openai-topk"
+    space = TrainingSpace(torch.zeros(sample.shape[1]), 1.0) if layer_normed else training_space(sample)
+    # SAELens draws the first weights from torch's global generator, which is the user's afterwards as it was before.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        sae = training_sae(recipe, sample.shape[1], sae_metadata(recipe, model_name))
+    if layer_normed:
+        sae.initialize_from(sample, recipe.seed)
+    folder = work / f"checkpoints-{content_key(recipe.to_yaml(), store.key)}"
+
+    def batches(first_step: int) -> Iterator[Float[Tensor, "token d_in"]]:
+        return (space.enter(batch) for batch in store.batches(recipe.batch_size, recipe.seed, first_step))
+
+    def draw(rng: np.random.Generator, n: int) -> Float[Tensor, "token d_in"]:
+        return space.enter(store.rows(rng.choice(len(store), size=min(n, len(store)), replace=False)))
+
+    def measured() -> Mapping[str, float]:
+        return measure(inference_sae(Fitted(sae, space, {}))) if measure is not None else {}
+
+    training = fit(
+        sae,
+        batches,
+        loop_settings(recipe, len(store), measure_steps if measure else 0, checkpoint_steps),
+        folder,
+        sample=draw,
+        measure=measured,
+        loggers=open_loggers(folder),
+        progress=progress,
+    )
+    if recipe.architecture == "jumprelu":
+        sae.fold_W_dec_norm()  # what is saved has unit rows, whatever made it
+    return Fitted(sae, space, training.to_dict())
+
+
+def training_sae(recipe: TrainingRecipe, d_in: int, metadata: Any) -> Any:
+    """The training SAE that a recipe's architecture names, drawn from torch's global generator."""
+    from sae_lens import (
+        BatchTopKTrainingSAE,
+        BatchTopKTrainingSAEConfig,
+        JumpReLUTrainingSAE,
+        JumpReLUTrainingSAEConfig,
+    )
+
+    from sae_emotion_plugin.architectures import (
+        OpenAITopKTrainingSAE,
+        OpenAITopKTrainingSAEConfig,
+        ReluL1TrainingSAE,
+        ReluL1TrainingSAEConfig,
+    )
+
+    common: dict[str, Any] = {"d_in": d_in, "d_sae": recipe.d_sae, "metadata": metadata}
+    match recipe.architecture:
+        case "openai-topk":
+            names = ("k", "aux_loss_coefficient", "k_aux", "multi_topk", "multi_topk_weight")
+            return OpenAITopKTrainingSAE(OpenAITopKTrainingSAEConfig(**common, **recipe.values(*names)))
+        case "relu-l1":
+            names = ("l1_coefficient", "l1_warm_up_steps")
+            return ReluL1TrainingSAE(ReluL1TrainingSAEConfig(**common, **recipe.values(*names)))
+        case "batchtopk":
+            names = ("k", "aux_loss_coefficient")
+            config = BatchTopKTrainingSAEConfig(**common, decoder_init_norm=1.0, **recipe.values(*names))
+            return BatchTopKTrainingSAE(config)
+        case "jumprelu":
+            names = ("l0_coefficient", "l0_warm_up_steps", "jumprelu_bandwidth", "jumprelu_init_threshold")
+            return JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**common, **recipe.values(*names)))
+    raise ValueError(f"architecture {recipe.architecture!r} is not trained by this loop")
+
+
+def loop_settings(
+    recipe: TrainingRecipe, tokens: int, measure_steps: int = 0, checkpoint_steps: int = 200
+) -> LoopSettings:
+    """The settings of the loop for a recipe over so many collected tokens."""
+    steps = recipe.number_of_steps(tokens)
+    lr = recipe.lr
+    if recipe.lr_reference_width is not None:
+        # The best rate falls as the inverse root of the width (arXiv 2406.04093, A.3).
+        lr *= (recipe.lr_reference_width / recipe.d_sae) ** 0.5
+    resampling = None
+    if recipe.resampling not in (None, "none"):
+        given = recipe.values("resampling", "resample_every", "resample_below")
+        resampling = Resampling(given["resampling"], given["resample_every"], given["resample_below"])
+    return LoopSettings(
+        step=StepSettings(
+            steps=steps,
+            lr=lr,
+            lr_warm_up_steps=min(recipe.lr_warm_up_steps, max(1, steps // 10)),
+            lr_decay_steps=int(steps * recipe.lr_decay_share),
+            dead_token_window=recipe.dead_token_window,
+            **recipe.values("clip_norm", "ema_decay"),
+        ),
+        resampling=resampling,
+        seed=recipe.seed,
+        log_steps=max(1, min(50, steps // 20)),
+        checkpoint_steps=checkpoint_steps,
+        measure_steps=measure_steps,
+    )
+
+
+def inference_sae(fitted: Fitted) -> Any:
+    """What would be saved, as plain SAELens reads it."""
+    from sae_lens import SAE
+
+    with tempfile.TemporaryDirectory() as folder:
+        fitted.save(Path(folder))
+        return SAE.load_from_disk(folder)

@@ -1,0 +1,113 @@
+"""`train`: a recipe -> a trained dictionary, from activations that were collected once."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sae_emotion_plugin.activation_store import collect
+from sae_emotion_plugin.activations import canonical_hook
+from sae_emotion_plugin.evaluation import evaluate
+from sae_emotion_plugin.models import model_identity
+from sae_emotion_plugin.recipes import TrainingRecipe
+from sae_emotion_plugin.training.checkpoints import begin_or_go_on
+from sae_emotion_plugin.training.dictionaries import TrainedDictionary, write_dictionary
+from sae_emotion_plugin.training.logs import open_loggers
+from sae_emotion_plugin.training.own_loop import fit_by_loop
+from sae_emotion_plugin.training.sae_lens_trainer import fit_by_sae_lens
+from sae_emotion_plugin.training.texts import recipe_documents
+
+SHUFFLED_MARK = "weights_shuffled"
+"""Attribute of a model whose weights were shuffled; recipes of such references accept no other."""
+MEASURED_DOCUMENTS = 200
+"""Held-out documents that the loss recovered is measured on while training."""
+
+
+def train(
+    recipe: TrainingRecipe,
+    model: Any,
+    text_root: str | Path,
+    out_dir: str | Path,
+    *,
+    work_dir: str | Path | None = None,
+    loss_tokens: int = 10_000,
+    measure_steps: int = 0,
+    checkpoint_steps: int = 200,
+    loggers: Sequence[str] = (),
+    progress: bool = True,
+) -> TrainedDictionary:
+    """The dictionary made by `recipe` from the texts under `text_root`, written to `out_dir`.
+
+    Activations go to `work_dir` (by default `<out_dir>.work`) in shards, and training leaves checkpoints there: an
+    interrupted or killed run goes on where it was when called again, and ends with the weights of one that was not.
+    `out_dir` appears when it is complete. Two runs with one seed on one machine give equal weights.
+
+    `topk` is trained by SAELens's trainer, the other architectures by the loop of this package, which also writes its
+    figures to `curve.jsonl` beside the checkpoints and into `provenance.json`.
+
+    Args:
+        loss_tokens: the report's cross-entropies are measured on about this many tokens (see `evaluate`).
+        measure_steps: the loss recovered is measured on held-out documents every so many steps; 0 for never.
+        checkpoint_steps: steps from one checkpoint to the next.
+        loggers: `tensorboard` or `wandb`, for the figures.
+
+    Raises:
+        ValueError, FileNotFoundError: `out_dir` exists, a text file is missing, or the model lacks the hook; the run
+            was begun with another recipe; training diverged, or too many activations hold NaN or infinity.
+        ImportError: a logger's package is missing.
+    """
+    out_dir = Path(out_dir)
+    if out_dir.exists():
+        raise ValueError(f"{out_dir} exists already: choose a folder that does not")
+    if recipe.reference == "random-directions":
+        raise ValueError(f"{recipe.name} is of random directions, which are not trained: train_references makes it")
+    if recipe.reference == "shuffled-weights" and not getattr(model, SHUFFLED_MARK, False):
+        raise ValueError(f"{recipe.name} reads a model with shuffled weights: train_references makes it")
+    if recipe.architecture == "topk" and (loggers or measure_steps):
+        raise ValueError("topk is trained by SAELens's trainer, without loggers and measure_steps")
+    canonical_hook(model, recipe.hook_name)
+    training, held_out, sources = recipe_documents(recipe, model, Path(text_root))
+    work = Path(work_dir) if work_dir else out_dir.with_name(out_dir.name + ".work")
+    work.mkdir(parents=True, exist_ok=True)
+    store = collect(recipe, model, training, work, progress)
+    if len(store) < recipe.batch_size:
+        raise ValueError(f"{len(store)} tokens are fewer than one batch of {recipe.batch_size}: more texts are needed")
+    begun = work / f"{out_dir.name}.begun.json"
+    begin_or_go_on(begun, {**asdict(recipe), "activations (model, texts, windows)": store.key})
+    name = model_identity(model)["name"]
+    if recipe.architecture == "topk":
+        fitted = fit_by_sae_lens(recipe, store, name, work)
+    else:
+        fitted = fit_by_loop(
+            recipe,
+            store,
+            name,
+            work,
+            measure=_loss_recovered(model, held_out, loss_tokens) if measure_steps else None,
+            measure_steps=measure_steps,
+            checkpoint_steps=checkpoint_steps,
+            open_loggers=lambda folder: open_loggers(loggers, folder, recipe.name, asdict(recipe)),
+            progress=progress,
+        )
+    trained = write_dictionary(
+        out_dir,
+        recipe,
+        model,
+        held_out,
+        fitted.save,
+        {"texts": sources, "training_tokens": len(store), "training": fitted.record},
+        loss_tokens=loss_tokens,
+        progress=progress,
+    )
+    begun.unlink(missing_ok=True)
+    return trained
+
+
+def _loss_recovered(model: Any, held_out: list[str], loss_tokens: int) -> Callable[[Any], Mapping[str, float]]:
+    texts = held_out[:: max(1, len(held_out) // MEASURED_DOCUMENTS)]
+
+    def measure(sae: Any) -> Mapping[str, float]:
+        report = evaluate(model, sae, texts, loss_tokens=loss_tokens, progress=False)
+        return {"held_out_fvu": report.fvu, "loss_recovered": report.loss_recovered}
+
+    return measure

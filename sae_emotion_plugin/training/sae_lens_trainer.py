@@ -1,0 +1,94 @@
+"""A `topk` recipe by SAELens's own trainer, as the shipped dictionary was made, over activations kept on disk."""
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+
+from sae_emotion_plugin.activation_store import ActivationStore, content_key
+from sae_emotion_plugin.recipes import TrainingRecipe
+from sae_emotion_plugin.training.loop import FiniteBatches
+from sae_emotion_plugin.training.spaces import Fitted, finite_sample, sae_metadata, training_space
+
+logger = logging.getLogger(__name__)
+
+FROZEN_PARTS: dict[str | None, Literal["decoder", "encoder"]] = {
+    "frozen-decoder": "decoder",
+    "frozen-encoder": "encoder",
+}
+
+
+def fit_by_sae_lens(recipe: TrainingRecipe, store: ActivationStore, model_name: str, work: Path) -> Fitted:
+    """The SAE of a `topk` recipe, trained from the last complete checkpoint in `work` if there is one."""
+    from sae_lens import TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    from sae_emotion_plugin.architectures import SparseStepTopKTrainingSAE
+
+    sample = finite_sample(store, recipe.seed)
+    space = training_space(sample)
+    config = TopKTrainingSAEConfig(
+        d_in=sample.shape[1],
+        d_sae=recipe.d_sae,
+        apply_b_dec_to_input=True,
+        normalize_activations="none",
+        # Tied, unit-norm start: the encoder begins as the decoder's transpose (arXiv 2406.04093, A.1).
+        decoder_init_norm=1.0,
+        rescale_acts_by_decoder_norm=True,
+        **recipe.values("k", "aux_loss_coefficient"),
+        metadata=sae_metadata(recipe, model_name),
+    )
+    # SAELens draws the first weights from torch's global generator, which is the user's afterwards as it was before.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        sae = SparseStepTopKTrainingSAE(config, frozen=FROZEN_PARTS.get(recipe.reference))
+    checkpoints = work / f"checkpoints-{content_key(recipe.to_yaml(), store.key)}"
+    steps = recipe.number_of_steps(len(store))
+    trainer_config = SAETrainerConfig(
+        total_training_samples=steps * recipe.batch_size,
+        train_batch_size_samples=recipe.batch_size,
+        lr=recipe.lr,
+        lr_warm_up_steps=min(recipe.lr_warm_up_steps, max(1, steps // 10)),
+        lr_decay_steps=int(steps * recipe.lr_decay_share),
+        lr_end=0.0,
+        dead_feature_window=max(1, recipe.dead_token_window // recipe.batch_size),
+        n_checkpoints=4,
+        checkpoint_path=str(checkpoints),
+    )
+    trainer = SAETrainer(
+        cfg=trainer_config,
+        sae=sae,
+        data_provider=iter(()),
+        save_checkpoint_fn=_mark_complete,
+    )
+    first_step = _resume(trainer, checkpoints, recipe.batch_size)
+    finite = FiniteBatches(store.batches(recipe.batch_size, recipe.seed, first_step))
+    trainer.data_provider = (space.enter(batch) for batch in finite)
+    trainer.fit()
+    record = {"steps": steps, "tokens": steps * recipe.batch_size, "resumed_at_step": first_step}
+    return Fitted(sae, space, {**record, **({"bad_tokens": finite.bad} if finite.bad else {})})
+
+
+def _mark_complete(checkpoint_path: Path | None) -> None:
+    if checkpoint_path is not None:
+        (checkpoint_path / "complete").touch()
+
+
+def _resume(trainer: Any, checkpoints: Path, batch_size: int) -> int:
+    """Load the last complete checkpoint, if there is one, and return the number of steps it has behind it."""
+    complete = [path.parent for path in checkpoints.glob("*/complete")]
+    if not complete:
+        return 0
+    last = max(complete, key=lambda path: int(path.name))
+    trainer.sae.load_state_dict(load_file(last / "sae_weights.safetensors"))
+    trainer.load_trainer_state(last)
+    # SAELens saves before it counts the step.
+    trainer.n_training_steps = trainer.n_training_samples // batch_size
+    trainer.checkpoint_thresholds = [
+        threshold for threshold in trainer.checkpoint_thresholds if threshold > trainer.n_training_samples
+    ]
+    logger.info("resuming at step %d", trainer.n_training_steps)
+    return trainer.n_training_steps

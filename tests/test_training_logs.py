@@ -1,0 +1,68 @@
+import builtins
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sae_emotion_plugin.training.logs import CurveFile, open_loggers
+
+POINT = {"step": 5, "loss": 0.5, "dead": 1, "shrinkage": None}
+
+
+def test_a_curve_goes_on_from_the_step_of_a_resumption(tmp_path: Path) -> None:
+    path = tmp_path / "curve.jsonl"
+    curve = CurveFile(path, 0)
+    for step in (5, 10, 15):
+        curve.add({"step": step, "loss": float("nan") if step == 5 else 1.0 / step})
+    path.write_text(path.read_text() + '{"step": 20, "lo')  # killed in the line
+    again = CurveFile(path, 12)
+    assert again.points == [{"step": 5, "loss": None}, {"step": 10, "loss": 0.1}]
+    again.add({"step": 15, "loss": 2.0})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [5, 10, 15]
+
+
+def test_an_unknown_logger_and_one_that_is_not_installed_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"unknown logger 'mlflow' .valid: tensorboard, wandb"):
+        open_loggers(["mlflow"], tmp_path, "run", {})
+    assert open_loggers([], tmp_path, "run", {}) == []
+    real = builtins.__import__
+
+    def without(name: str, *arguments: Any, **options: Any) -> Any:
+        if name.startswith(("wandb", "torch.utils.tensorboard")):
+            raise ImportError(name)
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    for name in ("wandb", "tensorboard"):
+        with pytest.raises(ImportError, match=f"the logger '{name}' needs its package: pip install {name}"):
+            open_loggers([name], tmp_path, "run", {})
+
+
+def test_loggers_get_the_numbers_of_a_point_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            seen.append(folder)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            seen.append((name, value, step))
+
+        def flush(self) -> None: ...
+
+    def init(**options: Any) -> Any:
+        return SimpleNamespace(log=lambda values, step: seen.append((options["name"], values, step)))
+
+    for name, content in (("torch.utils.tensorboard", {"SummaryWriter": Writer}), ("wandb", {"init": init})):
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    for log in open_loggers(["tensorboard", "wandb"], tmp_path, "run", {"lr": 1.0}):
+        log(POINT)
+    numbers = {"loss": 0.5, "dead": 1}
+    assert seen == [str(tmp_path / "tensorboard"), ("loss", 0.5, 5), ("dead", 1, 5), ("run", numbers, 5)]
