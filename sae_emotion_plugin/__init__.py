@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from sae_emotion_plugin.steering_studies.combinations import study_combinations as study_combinations
     from sae_emotion_plugin.steering_studies.methods import compare_steering as compare_steering
     from sae_emotion_plugin.text_lens import logit_lens as logit_lens
-    from sae_emotion_plugin.training import train as train
+    from sae_emotion_plugin.training.runs import train as train
 
 _HOMES = {
     "Dashboards": "dashboards.types",
@@ -94,7 +94,7 @@ _HOMES = {
     "study": "discovery_study",
     "study_combinations": "steering_studies.combinations",
     "sweep_study": "dose_study",
-    "train": "training",
+    "train": "training.runs",
 }
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll] (a test compares it with the imports above)
