@@ -167,7 +167,14 @@ def train(recipe: Path, out: Path, texts: Path, register: bool, as_json: bool) -
 @main.command()
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--to", "form", type=click.Choice(["saelens", "openai"]), default="saelens", show_default=True)
+@click.option(
+    "--to",
+    "form",
+    type=click.Choice(["saelens", "openai"]),
+    default="saelens",
+    show_default=True,
+    help="The format of OUT.",
+)
 @click.option("--hook-name", help="Hook that the SAE reads, for example blocks.8.hook_resid_post.")
 @click.option("--model-name", help="Model that the SAE was trained on, for example gpt2-small.")
 @json_option
