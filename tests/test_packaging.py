@@ -52,7 +52,8 @@ def test_the_wheel_carries_the_registry_the_recipes_and_the_texts(tmp_path: Path
         text=True,
         check=True,
     )
-    assert listed.stdout == "gemma-3-270m-emotion: sound\n"
+    openai = [f"gpt2-small-openai-{version}: sound" for version in ("v1", "v4", "v5_128k", "v5_32k")]
+    assert listed.stdout.splitlines() == ["gemma-3-270m-emotion: sound", *openai]
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

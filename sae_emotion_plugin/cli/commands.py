@@ -176,7 +176,7 @@ def train(recipe: Path, out: Path, texts: Path, register: bool, as_json: bool) -
     type=click.Choice(["saelens", "openai"]),
     default="saelens",
     show_default=True,
-    help="The format to write.",
+    help="The format of OUT.",
 )
 @click.option("--hook-name", help="Hook that the SAE reads, for example blocks.8.hook_resid_post.")
 @click.option("--model-name", help="Model that the SAE was trained on, for example gpt2-small.")
