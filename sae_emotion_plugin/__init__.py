@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from sae_emotion_plugin.monitoring.thresholds import calibrate_monitor as calibrate_monitor
     from sae_emotion_plugin.openai_format import load_openai_checkpoint as load_openai_checkpoint
     from sae_emotion_plugin.openai_format import openai_disk_loader as openai_disk_loader
+    from sae_emotion_plugin.openai_format import openai_huggingface_loader as openai_huggingface_loader
+    from sae_emotion_plugin.openai_format import save_openai_checkpoint as save_openai_checkpoint
     from sae_emotion_plugin.plugin import load_dictionary as load_dictionary
     from sae_emotion_plugin.plugin import register as register
     from sae_emotion_plugin.publishing.neuronpedia_export import export_neuronpedia as export_neuronpedia
@@ -85,8 +87,10 @@ _HOMES = {
     "monitor": "monitoring.monitor",
     "open_codes": "sparse_codes",
     "openai_disk_loader": "openai_format",
+    "openai_huggingface_loader": "openai_format",
     "read_labels": "feature_labels",
     "register": "plugin",
+    "save_openai_checkpoint": "openai_format",
     "scan_layers": "discovery.layer_scan",
     "score_features": "discovery.scoring",
     "steering": "interventions.hooks",

@@ -40,7 +40,7 @@ def dictionary_option(command: Command) -> Command:
         "--dictionary",
         default="gemma-3-270m-emotion",
         show_default=True,
-        help="A registry name, 'owner/repo:id', a folder, or an OpenAI-format .pt file.",
+        help="A registry name, 'owner/repo:id', a folder, or an OpenAI-format file or URL.",
     )(command)
 
 
