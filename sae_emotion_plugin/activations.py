@@ -66,12 +66,12 @@ def canonical_hook(model: HookedModel, hook_name: str) -> str:
         ValueError: the model has no such hook; the message names hooks that it has.
     """
     if hook_name in model.hook_dict:
-        return hook_name
+        return _named(model, hook_name)
     collect = getattr(model, "_collect_hook_aliases_from_registry", None)
     aliases = {**getattr(model, "hook_aliases", {}), **collect()} if collect else {}
     resolved = aliases.get(hook_name)
     if isinstance(resolved, str) and resolved in model.hook_dict:
-        return resolved
+        return _named(model, resolved)
     residual = sorted(
         (name for name in {*model.hook_dict, *aliases} if name.endswith("hook_resid_post")),
         key=lambda name: [int(part) if part.isdigit() else part for part in name.split(".")],
@@ -81,6 +81,12 @@ def canonical_hook(model: HookedModel, hook_name: str) -> str:
         if residual
         else f"the model has no hook {hook_name!r} (valid: {', '.join(list(model.hook_dict)[:5])}, ...)"
     )
+
+
+def _named(model: HookedModel, hook_name: str) -> str:
+    # SAELens's `saes` leaves a bridge with a hook point that has lost its name: hooks on it would never be called.
+    model.hook_dict[hook_name].name = hook_name
+    return hook_name
 
 
 def hook_layer(hook_name: str) -> int | None:

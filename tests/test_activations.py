@@ -250,3 +250,11 @@ def test_the_mean_norm_is_over_tokens_without_bos(model: Any) -> None:
 def test_a_mean_norm_of_no_tokens_is_refused(bridge: Any, texts: list[str]) -> None:
     with pytest.raises(ValueError, match="no tokens to measure a norm on"):
         mean_norm(bridge, texts, HOOK)
+
+
+def test_a_bridge_is_read_as_before_after_sae_lens_spliced_a_dictionary_in(bridge: Any, planted_sae: Any) -> None:
+    tokens = torch.arange(12).view(2, 6)
+    before = hook_capture(bridge, planted_sae.cfg.metadata.hook_name)(tokens)
+    with bridge.saes(saes=[planted_sae]):
+        bridge(tokens)
+    assert torch.equal(hook_capture(bridge, planted_sae.cfg.metadata.hook_name)(tokens), before)
