@@ -45,7 +45,7 @@ def test_a_dictionary_learns_and_its_figures_are_logged(kind: str, tmp_path: Pat
     sae, training = run(kind, tmp_path)
     assert [point["step"] for point in training.curve] == [1, 10, 20, 30, 36]
     first, last = training.curve[0], training.curve[-1]
-    assert last["mse_loss"] < 0.6 * first["mse_loss"] and last["fvu"] < first["fvu"]
+    assert last["mse_loss"] < 0.8 * first["mse_loss"] and last["fvu"] < first["fvu"]
     assert last["tokens"] == training.tokens == STEPS * BATCH and last["l0"] > 0
     assert last["cosine_random"] == pytest.approx(math.sqrt(2 / (math.pi * 10)))
     assert 0 <= last["dead"] <= 1 and training.bad_tokens == 0
