@@ -238,7 +238,7 @@ class TrainingRecipe:
             raise ValueError(f"{path}: texts is {recipe['texts']!r} (valid: a list of files)")
         texts = [checked_fields(TextSource, source, f"{path}, texts") for source in recipe["texts"]]
         try:
-            sources = tuple(TextSource(**source) for source in texts)
+            sources = tuple(_source(given) for given in texts)
             return cls(**{**recipe, "texts": sources})
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
@@ -247,6 +247,13 @@ class TrainingRecipe:
         data = {name: value for name, value in asdict(self).items() if value is not None}
         data["texts"] = [_short(source) for source in self.texts]
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _source(given: dict[str, Any]) -> TextSource:
+    columns = given.get("columns", ["text"])
+    if not isinstance(columns, list) or not all(isinstance(one, str) for one in columns):
+        raise ValueError(f"texts: columns is {columns!r} (valid: a list of texts)")
+    return TextSource(**{**given, "columns": tuple(columns)})
 
 
 def _short(source: TextSource) -> dict[str, Any]:
@@ -318,12 +325,9 @@ def _checked_value(value: Any, kind: Any, where: str) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind in (float, float | None) and number and math.isfinite(value):
         return float(value)
-    if kind == tuple[str, ...] and isinstance(value, list) and all(isinstance(one, str) for one in value):
-        return tuple(value)
     valid = {
         float: ("a number, such as 0.001 or 1.0e-3", False),
         float | None: ("a number, such as 0.001 or 1.0e-3", value is None),
-        tuple[str, ...]: ("a list of texts", False),
         int: ("a whole number", number and isinstance(value, int)),
         int | None: ("a whole number", value is None or (number and isinstance(value, int))),
         str: ("text", isinstance(value, str)),

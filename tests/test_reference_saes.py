@@ -11,7 +11,7 @@ from conftest import D_MODEL, HOOK, VOCABULARY, WORDS
 from sae_lens import SAE
 from safetensors.torch import load_file
 
-from sae_emotion_plugin import activation_store, reference_saes, training
+from sae_emotion_plugin import activation_store, reference_saes
 from sae_emotion_plugin.activation_store import ActivationStore, collect
 from sae_emotion_plugin.activations import activation_batches
 from sae_emotion_plugin.discovery.reference_margins import reference_margins
@@ -27,7 +27,7 @@ from sae_emotion_plugin.reference_saes import (
     train_references,
 )
 from sae_emotion_plugin.sparse_codes import encode_texts
-from sae_emotion_plugin.training import TrainedDictionary, recipe_documents, train
+from sae_emotion_plugin.training import TrainedDictionary, dictionaries, recipe_documents, train
 
 RECIPE = TrainingRecipe(
     name="tiny-emotion",
@@ -103,7 +103,7 @@ def make(model: Any, root: Path, out: Path, **options: Any) -> dict[str, Trained
 def made(planted: Any, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, TrainedDictionary]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TQDM_DISABLE", "1")
-        patch.setattr(training, "evaluate", lambda *_, **__: MADE_UP)
+        patch.setattr(dictionaries, "evaluate", lambda *_, **__: MADE_UP)
         yield make(planted, root, tmp_path_factory.mktemp("references") / "all")
 
 
@@ -158,7 +158,7 @@ def key_of(work: Path) -> str:
 def test_the_frozen_side_keeps_every_bit_of_its_start_and_the_rest_learns(
     kind: str, frozen: str, free: str, planted: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "evaluate", lambda *_, **__: MADE_UP)
+    monkeypatch.setattr(dictionaries, "evaluate", lambda *_, **__: MADE_UP)
     recipe = replace(RECIPE, reference=f"frozen-{kind}", epochs=2.0)
     trained = train(recipe, planted, root, tmp_path / "out", work_dir=tmp_path / "work", progress=False)
     start, end = first_weights(), last_checkpoint(tmp_path / "work", trained)
@@ -364,7 +364,7 @@ def test_what_is_complete_is_kept_and_what_was_interrupted_goes_on(
             raise Stop
         return MADE_UP
 
-    monkeypatch.setattr(training, "evaluate", stopping)
+    monkeypatch.setattr(dictionaries, "evaluate", stopping)
     with pytest.raises(Stop):
         make(planted, root, tmp_path / "all")
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["frozen-decoder", "trained"]
@@ -386,7 +386,7 @@ def test_what_is_complete_is_kept_and_what_was_interrupted_goes_on(
 def test_only_the_kinds_asked_for_are_made_of_activations_collected_once(
     planted: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "evaluate", lambda *_, **__: MADE_UP)
+    monkeypatch.setattr(dictionaries, "evaluate", lambda *_, **__: MADE_UP)
     recipe = replace(RECIPE, epochs=0.2)
     found = make(
         planted, root, tmp_path / "some", recipe=recipe, kinds=("frozen-encoder",), work_dir=tmp_path / "elsewhere"

@@ -74,7 +74,7 @@ def test_gpt2s_dictionary_is_one_that_saelens_knows() -> None:
 
 def test_a_study_is_found_by_its_name() -> None:
     assert StudyRecipe.read("blog-embedded") == StudyRecipe.read(RECIPES / "blog-embedded.yaml")
-    with pytest.raises(FileNotFoundError, match=r"no such recipe: blog-none .*, blog-embedded, blog-gpt2\\)"):
+    with pytest.raises(FileNotFoundError, match=r"no such recipe: blog-none .*, blog-embedded, blog-gpt2\)"):
         StudyRecipe.read("blog-none")
 
 

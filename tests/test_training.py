@@ -483,7 +483,8 @@ def test_the_loss_recovered_is_measured_on_the_way_when_asked(bridge: Any, root:
 
 
 def test_what_sae_lens_s_trainer_cannot_do_is_refused(bridge: Any, root: Path, tmp_path: Path) -> None:
-    for options in ({"loggers": ["tensorboard"]}, {"measure_steps": 5}):
+    refused: list[dict[str, Any]] = [{"loggers": ["tensorboard"]}, {"measure_steps": 5}]
+    for options in refused:
         with pytest.raises(ValueError, match="topk is trained by SAELens's trainer, without loggers"):
             run(bridge, root, tmp_path / "tiny", **options)
     assert list(tmp_path.iterdir()) == []

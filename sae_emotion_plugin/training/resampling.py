@@ -78,5 +78,5 @@ def _badly_rebuilt(
     total = weights.sum()
     if not np.isfinite(total) or total <= 0:
         weights, total = np.ones(len(inputs)), float(len(inputs))
-    chosen = rng.choice(len(inputs), size=n, replace=n > np.count_nonzero(weights), p=weights / total)
+    chosen = rng.choice(len(inputs), size=n, replace=bool(n > np.count_nonzero(weights)), p=weights / total)
     return inputs[torch.from_numpy(chosen).to(inputs.device)] - sae.b_dec
