@@ -97,7 +97,7 @@ def test_a_process_that_was_killed_goes_on_to_the_same_bits(kind: str, step: int
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert Checkpoints(tmp_path / "killed").paths()
     for folder in ("killed", "whole"):
-        subprocess.run([*command, tmp_path / folder], check=True, capture_output=True)
+        run(kind, tmp_path / folder)
     names = [path.name for path in Checkpoints(tmp_path / "whole").paths()]
     assert names[-1] == "step-000000036.safetensors"
     for name in names:
