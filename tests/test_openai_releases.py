@@ -19,7 +19,8 @@ from test_openai_format import checkpoint, inputs, saved
 from sae_emotion_plugin import downloads, openai_releases, registry
 from sae_emotion_plugin.openai_format import load_openai_checkpoint
 from sae_emotion_plugin.openai_releases import openai_blob_loader
-from sae_emotion_plugin.plugin import feature_url, load_dictionary, register
+from sae_emotion_plugin.plugin import load_dictionary, register
+from sae_emotion_plugin.registry import feature_url
 
 REGISTRY = Path(__file__).parents[1] / "registry"
 VERSIONS = {"v1": "", "v4": "_v4", "v5_32k": "_v5_32k", "v5_128k": "_v5_128k"}
@@ -96,7 +97,10 @@ def check(sae: SAE) -> None:
     metadata = sae.cfg.metadata
     assert (metadata.hook_name, metadata.model_name, metadata.context_size) == (SAE_ID, "gpt2-small", 64)
     assert (metadata.prepend_bos, metadata.model_from_pretrained_kwargs) == (False, {"center_writing_weights": False})
-    assert feature_url(sae, 62556) == "https://www.neuronpedia.org/gpt2-small/8-res_post_128k-oai/62556"
+    assert (
+        feature_url(sae.cfg.metadata.neuronpedia_id, 62556)
+        == "https://www.neuronpedia.org/gpt2-small/8-res_post_128k-oai/62556"
+    )
 
 
 @pytest.mark.filterwarnings(r"ignore:\s*This SAE has non-empty model_from_pretrained_kwargs")
