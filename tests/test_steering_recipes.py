@@ -63,13 +63,12 @@ def test_the_studies_that_come_with_the_package_are_valid() -> None:
     assert (embedded.model, embedded.emotion, embedded.features) == ("embedded", "anger", ())
 
 
-def test_gpt2s_dictionary_is_one_that_saelens_knows() -> None:
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+def test_gpt2s_dictionary_is_openais_own_file() -> None:
+    from sae_emotion_plugin import registry
 
-    release, _, sae_id = StudyRecipe.read(RECIPES / "blog-gpt2.yaml").dictionary.partition(":")
-    known = get_pretrained_saes_directory()[release]
-    assert known.saes_map[sae_id].startswith("v5_128k_layer_8")
-    assert sae_id == "blocks.8.hook_resid_post"
+    entry, sae = registry.find(StudyRecipe.read(RECIPES / "blog-gpt2.yaml").dictionary)
+    assert entry.repo_id == "openaipublic/sparse-autoencoder" and sae.id == "blocks.8.hook_resid_post"
+    assert sae.path == "gpt2-small/resid_post_mlp_v5_128k/autoencoders/8.pt"
 
 
 def test_a_study_is_found_by_its_name() -> None:
