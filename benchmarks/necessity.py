@@ -46,12 +46,12 @@ def main() -> None:
     prompts = tuple(prompts[place * len(prompts) // options.openings] for place in range(options.openings))
     found = {}
     for emotion in options.emotions:
-        candidates = scores.top(emotion, CANDIDATES)
-        best = [row.feature for row in steering_order(model, sae, candidates, progress=False)]
+        candidates = [row.feature for row in scores.top(emotion, CANDIDATES)]
+        best = steering_order(model, sae, emotion, candidates, progress=False)
         lost = necessity(
             *(model, sae, best[: options.features], emotion),
             sets=options.sets,
-            exclude=[row.feature for row in candidates],
+            exclude=candidates,
             seeds=seeds,
             folder=options.work and options.work / "necessity",
         )

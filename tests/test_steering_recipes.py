@@ -188,13 +188,14 @@ def test_the_features_come_from_a_scores_file_in_their_causal_order(
     rows = [FeatureScore("joy", feature, 0.9, None, 0.0, 0.0, 1.0, 0.0) for feature in (3, JOY, 11, 20)]
     scores = FeatureScores({}, tuple(rows))
     scores.save(tmp_path / "scores.json")
-    wanted = steering_recipes.steering_order(bridge, planted_sae, scores.rows, progress=False)
+    candidates = [row.feature for row in rows]
+    wanted = steering_recipes.steering_order(bridge, planted_sae, "joy", candidates, progress=False)
     recipe = recipe_of(
         tmp_path, features=None, emotion="joy", scores="scores.json", features_used=2, prompts=["w3"], temperatures=[0]
     )
     for given in (None, scores):
         study = run_study(recipe, model=bridge, sae=planted_sae, scores=given, progress=False)
-        assert study.meta["features"] == [row.feature for row in wanted[:2]]
+        assert study.meta["features"] == list(wanted[:2])
         assert study.meta["features_from"] == "scores for joy"
     with pytest.raises(FileNotFoundError, match="no scores file"):
         run_study(replace(recipe, scores=str(tmp_path / "none.json")), model=bridge, sae=planted_sae, progress=False)
@@ -213,7 +214,9 @@ def test_without_scores_the_bundled_corpus_is_searched(
         return type("Found", (), {"scores": FeatureScores({}, (row,))})
 
     monkeypatch.setattr(steering_recipes, "discover", discover)
-    monkeypatch.setattr(steering_recipes, "steering_order", lambda model, sae, rows, progress: rows)
+    monkeypatch.setattr(
+        steering_recipes, "steering_order", lambda model, sae, emotion, features, progress: tuple(features)
+    )
     recipe = recipe_of(tmp_path, features=None, emotion="joy", prompts=["w3"], temperatures=[0])
     assert run_study(recipe, model=bridge, sae=planted_sae, progress=False).meta["features"] == [JOY]
     assert seen == [448]
