@@ -26,8 +26,8 @@ from sae_emotion_plugin.evidence.association import auroc
 from sae_emotion_plugin.evidence.calibration import Calibration
 from sae_emotion_plugin.evidence.roc import roc_points
 from sae_emotion_plugin.files import write_whole
-from sae_emotion_plugin.pages.discovery import DiscoveryContent
 from sae_emotion_plugin.pages.discovery_charts import RocCurve
+from sae_emotion_plugin.pages.discovery_content import DiscoveryContent
 from sae_emotion_plugin.pages.report_sections import highlighted_texts, score_distributions
 from sae_emotion_plugin.plugin import feature_url
 from sae_emotion_plugin.pooled_activations import pooled_activations

@@ -20,19 +20,10 @@ from sae_emotion_plugin.discovery.scores import FeatureScore, FeatureScores
 from sae_emotion_plugin.discovery.specificity import Specificity, SpecificityRow
 from sae_emotion_plugin.evidence.calibration import TAIL_THRESHOLDS, Calibration, Tail
 from sae_emotion_plugin.evidence.roc import roc_points
-from sae_emotion_plugin.pages.discovery import (
-    PARTS,
-    DiscoveryContent,
-    difference_between,
-    emotions_of,
-    facts,
-    headline,
-    method_name,
-    render,
-    verdict,
-    write_discovery_page,
-)
+from sae_emotion_plugin.pages.discovery import emotions_of, render, write_discovery_page
 from sae_emotion_plugin.pages.discovery_charts import RocCurve
+from sae_emotion_plugin.pages.discovery_content import PARTS, DiscoveryContent
+from sae_emotion_plugin.pages.discovery_summary import difference_between, facts, headline, method_name, verdict
 from sae_emotion_plugin.pages.report_content import HighlightedText, ScoreDistribution
 from sae_emotion_plugin.text_lens import LogitLens
 

@@ -162,7 +162,8 @@ def discover(
         written = [scores.save(out)]
     else:
         from sae_emotion_plugin.discovery_study import METHODS, study
-        from sae_emotion_plugin.pages.discovery import headline, write_discovery_page
+        from sae_emotion_plugin.pages.discovery import write_discovery_page
+        from sae_emotion_plugin.pages.discovery_summary import headline
 
         found = study(
             *asked,
@@ -228,7 +229,8 @@ def layers(
     from sae_emotion_plugin.discovery.layer_scan import scan_layers
     from sae_emotion_plugin.emotion_texts import without_overlap
     from sae_emotion_plugin.models import cache_folder, load_model
-    from sae_emotion_plugin.pages.discovery import DiscoveryContent, write_discovery_page
+    from sae_emotion_plugin.pages.discovery import write_discovery_page
+    from sae_emotion_plugin.pages.discovery_content import DiscoveryContent
     from sae_emotion_plugin.plugin import load_dictionary
 
     ours, theirs = (texts, others) if others is not None else texts.split(0.5, seed)
@@ -266,7 +268,8 @@ def lens(prompt: str, model: str, top: int, report: Path | None, as_json: bool) 
 
     found = logit_lens(load_model(model), prompt, top=top)
     if report:
-        from sae_emotion_plugin.pages.discovery import DiscoveryContent, write_discovery_page
+        from sae_emotion_plugin.pages.discovery import write_discovery_page
+        from sae_emotion_plugin.pages.discovery_content import DiscoveryContent
 
         write_discovery_page(report, DiscoveryContent("Logit lens", lens=found))
         click.echo(f"written to {report}", err=True)
