@@ -9,6 +9,7 @@ import jinja2
 
 from sae_emotion_plugin.discovery.layer_scan import LayerScan
 from sae_emotion_plugin.discovery.method_comparison import MethodTable
+from sae_emotion_plugin.discovery.rating_correlations import RatingCorrelations
 from sae_emotion_plugin.discovery.reference_margins import MEAN
 from sae_emotion_plugin.discovery.scores import FeatureScores
 from sae_emotion_plugin.discovery.specificity import Specificity
@@ -56,13 +57,18 @@ def render(content: DiscoveryContent) -> str:
             ReportContent(content.title, {}, (), {}, highlights=content.examples or ()), list(order)
         ),
         layer_stacks=_layer_stacks(content.layers, order),
+        ranks=_by_emotion(content.ranks.rows if content.ranks else ()),
+        ratings=_rating_rows(content.ratings),
+        transfers=[(name, table.meta, _by_emotion(table.rows)) for name, table in content.transfers.items()],
     )
 
 
 def emotions_of(content: DiscoveryContent) -> tuple[str, ...]:
     """Every emotion on the page in order of first mention; the mean over emotions is none."""
     named = list(content.scores.emotions) if content.scores else []
-    for part in (content.specificity, content.absorption, content.methods, content.layers, content.margins):
+    parts = (content.specificity, content.absorption, content.methods, content.layers, content.margins)
+    parts += (content.probes, content.ranks, content.ratings, *content.transfers.values())
+    for part in parts:
         named += [row.emotion for row in (getattr(part, "rows", None) or getattr(part, "scores", None) or ())]
     for rows in (content.rocs, content.activations, content.examples):
         named += [row.emotion for row in rows or ()]
@@ -173,6 +179,24 @@ def _layer_stacks(layers: LayerScan | None, order: Sequence[str]) -> list[dict[s
             chart = layer_chart(rows, domain, (float(min(numbers)), float(max(numbers))))
             stacks.append({"emotion": emotion, "chart": chart, "rows": rows})
     return stacks
+
+
+def _by_emotion(rows: Sequence[Any]) -> list[tuple[str, list[Any]]]:
+    """The rows of each emotion, in their order."""
+    return [
+        (emotion, [row for row in rows if row.emotion == emotion]) for emotion in dict.fromkeys(r.emotion for r in rows)
+    ]
+
+
+def _rating_rows(ratings: RatingCorrelations | None) -> tuple[list[str], list[tuple[Any, list[Any]]]] | None:
+    """The ratings' names, and for each feature its first row and the rows of all ratings in the order of the names."""
+    if ratings is None:
+        return None
+    names = list(dict.fromkeys(row.rating for row in ratings.rows))
+    cells = {(row.emotion, row.rating): row for row in ratings.rows}
+    return names, [
+        (rows[0], [cells.get((emotion, name)) for name in names]) for emotion, rows in _by_emotion(ratings.rows)
+    ]
 
 
 @functools.cache

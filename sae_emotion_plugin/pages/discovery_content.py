@@ -7,10 +7,14 @@ from typing import Any
 from sae_emotion_plugin.discovery.absorption import Absorption
 from sae_emotion_plugin.discovery.layer_scan import LayerScan
 from sae_emotion_plugin.discovery.method_comparison import MethodTable
+from sae_emotion_plugin.discovery.probe_losses import LatentProbes
+from sae_emotion_plugin.discovery.rating_correlations import RatingCorrelations
 from sae_emotion_plugin.discovery.reference_margins import ReferenceMargins
 from sae_emotion_plugin.discovery.scores import FeatureScores
 from sae_emotion_plugin.discovery.specificity import Specificity
+from sae_emotion_plugin.discovery.transfer import TransferTable
 from sae_emotion_plugin.evidence.calibration import Calibration
+from sae_emotion_plugin.feature_roles.steering_ranks import SteeringRanks
 from sae_emotion_plugin.pages.discovery_charts import RocCurve
 from sae_emotion_plugin.pages.report_content import HighlightedText, ScoreDistribution
 from sae_emotion_plugin.text_lens import LogitLens
@@ -27,6 +31,10 @@ PARTS = {
     "lens": "a logit lens",
     "calibration": "the calibration of the tests",
     "margins": "margins over reference dictionaries",
+    "probes": "one-latent probes",
+    "ranks": "what to steer with",
+    "ratings": "correlations with ratings",
+    "transfers": "other corpora",
 }
 
 
@@ -51,3 +59,8 @@ class DiscoveryContent:
     margins: ReferenceMargins | None = None
     links: Mapping[int, str] = field(default_factory=dict)
     """A page about a feature, by the feature's index; anything but http(s) is not linked."""
+    probes: LatentProbes | None = None
+    ranks: SteeringRanks | None = None
+    ratings: RatingCorrelations | None = None
+    transfers: Mapping[str, TransferTable] = field(default_factory=dict)
+    """By the name of the other corpus."""

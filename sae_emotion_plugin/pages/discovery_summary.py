@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from sae_emotion_plugin.discovery.layer_scan import LayerScan
 from sae_emotion_plugin.discovery.method_comparison import MethodScore, MethodTable
+from sae_emotion_plugin.discovery.rating_correlations import RatingCorrelations
 from sae_emotion_plugin.discovery.reference_margins import MEAN
+from sae_emotion_plugin.discovery.transfer import TransferTable
 from sae_emotion_plugin.pages import charts
 from sae_emotion_plugin.pages.charts import finite, number, share
 from sae_emotion_plugin.pages.discovery_content import DiscoveryContent
@@ -124,6 +126,14 @@ def facts(content: DiscoveryContent) -> list[Fact]:
             interval = _signed(row.margin, row.low, row.high)
             text = f"Mean margin of the best features over the reference {reference}: {interval}."
             found.append(Fact(text, verdict(row.low, row.high) == "better"))
+    found += [_transfer_fact(name, table) for name, table in content.transfers.items()]
+    if content.ratings:
+        found += _rating_facts(content.ratings)
+    if content.ranks:
+        first = [row for row in content.ranks.rows if row.place == 1]
+        other = [row for row in first if row.auroc_place > 1]
+        counts = f"{len(other)} of {len(first)} emotions"
+        found.append(Fact(f"For {counts} the feature to steer with first is not the one that tells its texts best."))
     if content.calibration:
         one = content.calibration
         text = (
@@ -151,6 +161,34 @@ def _method_facts(methods: MethodTable) -> list[Fact]:
             f"{'; by emotion: ' + counts if verdicts else ''}."
         )
         found.append(Fact(text, row.not_worse))
+    return found
+
+
+def _transfer_fact(name: str, table: TransferTable) -> Fact:
+    """How many of the best features lose, on the other corpus, to the best one that it chooses itself."""
+    rows = [row for row in table.rows if row.subset == "all" and row.auroc is not None]
+    if not rows:
+        return Fact(f"On {name} there are too few texts of any emotion to score the best features.")
+    worse = [row.emotion for row in rows if verdict(row.gap_low, row.gap_high) == "better"]
+    mean = sum(row.auroc or 0.0 for row in rows) / len(rows)
+    text = (
+        f"On {name} the best features have a mean AUROC of {number(mean)}; {len(worse)} of {len(rows)} lose to the "
+        f"feature that {name} would choose itself{': ' + listed(worse) if worse else ''}."
+    )
+    return Fact(text, not worse)
+
+
+def _rating_facts(ratings: RatingCorrelations) -> list[Fact]:
+    """For each rating the best feature that goes with it most closely; it speaks for nothing and against nothing."""
+    found = []
+    for name in dict.fromkeys(row.rating for row in ratings.rows):
+        rows = [row for row in ratings.rows if row.rating == name and finite(row.spearman) is not None]
+        if rows:
+            row = max(rows, key=lambda row: abs(row.spearman or 0.0))
+            own = _signed(row.spearman, row.spearman_low, row.spearman_high)
+            found.append(
+                Fact(f"Of the best features, that of {row.emotion} goes most with {name}: rank correlation {own}.")
+            )
     return found
 
 
