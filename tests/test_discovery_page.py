@@ -216,12 +216,15 @@ def fake_ratings() -> RatingCorrelations:
 def fake_transfer() -> TransferTable:
     rows = []
     for number, emotion in enumerate(EMOTIONS[:4]):
-        for place, subset in enumerate(("all", "keyword-free", "profanity-free")):
-            head = (emotion, (emotion,), subset, 1000 + number, 0.8)
-            gap = 0.05 * number
-            own = (0.7 - gap - 0.1 * (place == 1), 0.6, 0.8, 0.7, 77, gap, gap - 0.04, gap + 0.04, 1 + 60 * number)
-            none = (None,) * 9
-            rows.append(TransferRow(*head, *(none if (number, place) == (2, 1) else own), n_in=300, n_out=5000))
+        gap = 0.05 * number
+        for subset in ("all", "keyword-free", "profanity-free"):
+            row = TransferRow(
+                emotion, (emotion,), subset, 1000 + number, 0.8, 0.7 - gap, 0.6, 0.8, 0.7, 77, gap, gap - 0.04,
+                gap + 0.04, 1 + 60 * number, 300, 5000,
+            )  # fmt: skip
+            if (number, subset) == (2, "keyword-free"):
+                row = replace(row, **dict.fromkeys(("auroc", "low", "high", "gap", "gap_low", "gap_high")))
+            rows.append(row)
     return TransferTable({"level": 0.95, "n_texts": {"choosing": 5000, "scoring": 5300}}, tuple(rows))
 
 
@@ -436,10 +439,9 @@ def test_what_to_steer_with_stands_in_the_order_of_the_causal_score(content: Dis
 
 def test_ratings_name_what_goes_with_them_most_and_mark_what_is_beyond_chance(content: DiscoveryContent) -> None:
     assert content.ratings
-    found = [fact.text for fact in facts(DiscoveryContent("t", ratings=content.ratings))]
-    assert [text.split(":")[0] for text in found] == [
-        f"Of the best features, that of {EMOTIONS[0]} goes most with {name}" for name in ("V", "A", "D")
-    ]
+    (fact,) = facts(DiscoveryContent("t", ratings=content.ratings))
+    assert fact.good is None
+    assert f"with V −0.180 [−0.210,\u00a0−0.150] ({EMOTIONS[0]}), with A −0.090" in fact.text
     source = render(DiscoveryContent("t", ratings=content.ratings))
     bold = re.findall(r"<b>([+−]0\.\d\d)</b>", source)
     beyond = [row for row in content.ratings.rows if row.spearman is not None and abs(row.spearman) > 0.03]

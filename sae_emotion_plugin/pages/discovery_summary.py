@@ -128,7 +128,7 @@ def facts(content: DiscoveryContent) -> list[Fact]:
             found.append(Fact(text, verdict(row.low, row.high) == "better"))
     found += [_transfer_fact(name, table) for name, table in content.transfers.items()]
     if content.ratings:
-        found += _rating_facts(content.ratings)
+        found += _rating_fact(content.ratings)
     if content.ranks:
         first = [row for row in content.ranks.rows if row.place == 1]
         other = [row for row in first if row.auroc_place > 1]
@@ -178,18 +178,16 @@ def _transfer_fact(name: str, table: TransferTable) -> Fact:
     return Fact(text, not worse)
 
 
-def _rating_facts(ratings: RatingCorrelations) -> list[Fact]:
+def _rating_fact(ratings: RatingCorrelations) -> list[Fact]:
     """For each rating the best feature that goes with it most closely; it speaks for nothing and against nothing."""
-    found = []
+    largest = []
     for name in dict.fromkeys(row.rating for row in ratings.rows):
         rows = [row for row in ratings.rows if row.rating == name and finite(row.spearman) is not None]
         if rows:
             row = max(rows, key=lambda row: abs(row.spearman or 0.0))
             own = _signed(row.spearman, row.spearman_low, row.spearman_high)
-            found.append(
-                Fact(f"Of the best features, that of {row.emotion} goes most with {name}: rank correlation {own}.")
-            )
-    return found
+            largest.append(f"with {name} {own} ({row.emotion})")
+    return [Fact(f"Largest rank correlations of the best features with ratings: {listed(largest)}.")] if largest else []
 
 
 def _layer_sentence(layers: LayerScan) -> str:
