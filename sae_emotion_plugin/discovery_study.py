@@ -33,9 +33,9 @@ from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.pages.discovery_charts import RocCurve
 from sae_emotion_plugin.pages.discovery_content import DiscoveryContent
 from sae_emotion_plugin.pages.report_sections import highlighted_texts, score_distributions
-from sae_emotion_plugin.plugin import feature_url
 from sae_emotion_plugin.pooled_activations import pooled_activations
 from sae_emotion_plugin.rated_texts import RatedTexts
+from sae_emotion_plugin.registry import feature_url
 from sae_emotion_plugin.sparse_codes import Pooling, encode_texts, token_settings
 
 logger = logging.getLogger(__name__)
@@ -204,7 +204,12 @@ def examine(
     }
     transfers = {name: one for name, one in transferred.items() if one is not None}
     labels = found.held_out.label_matrix(chosen)
-    links = {row.feature: feature_url(sae, row.feature) for row in scores.rows}
+    named = {row.feature for row in scores.rows} | {row.feature for row in (probes.rows if probes else ())}
+    named |= {one.feature for row in (absorbed.rows if absorbed else ()) for one in row.absorbers}
+    named |= {
+        row.ceiling_feature for table in transfers.values() for row in table.rows if row.ceiling_feature is not None
+    }
+    links = {feature: feature_url(sae.cfg.metadata.neuronpedia_id, feature) for feature in sorted(named)}
     content = DiscoveryContent(
         title=title,
         meta={**scores.meta, "left_out": left_out},

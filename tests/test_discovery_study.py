@@ -145,3 +145,15 @@ def test_some_of_the_emotions_are_studied_among_all_texts(bridge: Any, emotional
     assert found.calibration is not None and found.calibration.n_labels == 2
     assert found.methods is not None and found.methods.meta["n_texts"]["train"] == len(TEXTS)
     assert found.methods.methods == ("latent", "neuron", "dense-probe") and found.absorption is not None
+
+
+def test_every_feature_that_is_named_links_to_its_page_where_the_metadata_know_it(
+    bridge: Any, emotional_sae: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(emotional_sae.cfg.metadata, "neuronpedia_id", "tiny/0-emotion")
+    found = studied(bridge, emotional_sae, others={"elsewhere": ELSEWHERE}, permutations=0, scan=False)
+    assert found.scores.meta["neuronpedia_id"] == "tiny/0-emotion"
+    assert found.content.links[EMOTIONS["joy"]] == "https://www.neuronpedia.org/tiny/0-emotion/7"
+    ceilings = {row.ceiling_feature for row in found.transfers["elsewhere"].rows} - {None}
+    assert found.content.links.keys() >= {row.feature for row in found.scores.rows} | ceilings
+    assert 'href="https://www.neuronpedia.org/tiny/0-emotion/7"' in render(found.content)

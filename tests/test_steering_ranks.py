@@ -31,8 +31,9 @@ def test_the_order_is_that_which_steering_takes(
     bridge: Any, emotional_sae: Any, scores: FeatureScores, ranks: SteeringRanks
 ) -> None:
     for emotion in EMOTIONS:
-        wanted = steering_order(bridge, emotional_sae, scores.top(emotion, 5), prompts=PROMPTS, progress=False)
-        assert [row.feature for row in ranks.top(emotion, 5)] == [row.feature for row in wanted]
+        candidates = [row.feature for row in scores.top(emotion, 5)]
+        wanted = steering_order(bridge, emotional_sae, emotion, candidates, prompts=PROMPTS, progress=False)
+        assert tuple(row.feature for row in ranks.top(emotion, 5)) == wanted
         assert [row.place for row in ranks.top(emotion, 5)] == [1, 2, 3, 4, 5]
         causal = [row.causal or 0.0 for row in ranks.top(emotion, 5)]
         assert causal == sorted(causal, reverse=True) and len(set(causal)) == 5
