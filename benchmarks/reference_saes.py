@@ -5,7 +5,8 @@
 FOLDER holds the recipe's texts, among them goemotions/train.jsonl.gz and goemotions/dev.jsonl.gz, whose labels choose
 and score the features. Without it a small dictionary is trained on the bundled texts, which shows that all runs and
 says little. The same command goes on where it was interrupted. The table goes to standard output, the last line is one
-JSON object, which also stands in WORK/margins.json; seconds of steps that an earlier run did are seconds of looking.
+JSON object, which also stands in WORK/result.json; WORK/margins.json is what `discover --margins` takes. Seconds of
+steps that an earlier run did are seconds of looking.
 """
 
 import argparse
@@ -103,7 +104,8 @@ def main() -> None:
         "seconds": seconds,
         "margins": margins.to_dict(),
     }
-    write_whole(options.work / "margins.json", json.dumps(result, indent=1) + "\n")
+    margins.save(options.work / "margins.json")
+    write_whole(options.work / "result.json", json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 

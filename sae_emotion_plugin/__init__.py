@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sae_emotion_plugin.discovery.scores import FeatureScores as FeatureScores
     from sae_emotion_plugin.discovery.scoring import choose_pooling as choose_pooling
     from sae_emotion_plugin.discovery.scoring import score_features as score_features
+    from sae_emotion_plugin.discovery.transfer import transfer as transfer
     from sae_emotion_plugin.discovery_study import study as study
     from sae_emotion_plugin.dose_study import sweep_study as sweep_study
     from sae_emotion_plugin.emotion_texts import LabelledTexts as LabelledTexts
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from sae_emotion_plugin.feature_labels import FeatureLabel as FeatureLabel
     from sae_emotion_plugin.feature_labels import labels_from_scores as labels_from_scores
     from sae_emotion_plugin.feature_labels import read_labels as read_labels
+    from sae_emotion_plugin.feature_roles.output_scores import steering_order as steering_order
+    from sae_emotion_plugin.feature_roles.steering_ranks import steering_ranks as steering_ranks
     from sae_emotion_plugin.generation.continuations import generate as generate
     from sae_emotion_plugin.generation.records import Generations as Generations
     from sae_emotion_plugin.generation.streaming import stream as stream
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
     from sae_emotion_plugin.plugin import load_dictionary as load_dictionary
     from sae_emotion_plugin.plugin import register as register
     from sae_emotion_plugin.publishing.neuronpedia_export import export_neuronpedia as export_neuronpedia
+    from sae_emotion_plugin.rated_texts import read_ratings as read_ratings
     from sae_emotion_plugin.recipes import TrainingRecipe as TrainingRecipe
     from sae_emotion_plugin.sparse_codes import SparseCodes as SparseCodes
     from sae_emotion_plugin.sparse_codes import encode_texts as encode_texts
@@ -89,16 +93,20 @@ _HOMES = {
     "openai_disk_loader": "openai_format",
     "openai_huggingface_loader": "openai_format",
     "read_labels": "feature_labels",
+    "read_ratings": "rated_texts",
     "register": "plugin",
     "save_openai_checkpoint": "openai_format",
     "scan_layers": "discovery.layer_scan",
     "score_features": "discovery.scoring",
     "steering": "interventions.hooks",
+    "steering_order": "feature_roles.output_scores",
+    "steering_ranks": "feature_roles.steering_ranks",
     "stream": "generation.streaming",
     "study": "discovery_study",
     "study_combinations": "steering_studies.combinations",
     "sweep_study": "dose_study",
     "train": "training.runs",
+    "transfer": "discovery.transfer",
 }
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll] (a test compares it with the imports above)

@@ -41,6 +41,42 @@ def test_discover_writes_scores_evidence_and_a_page(corpora: tuple[str, str], tm
 
 
 @pytest.mark.usefixtures("tiny")
+def test_discover_scores_elsewhere_correlates_with_ratings_and_ranks_for_steering(
+    corpora: tuple[str, str], tmp_path: Path
+) -> None:
+    rated, other = tmp_path / "rated.jsonl", tmp_path / "other.jsonl"
+    texts = labelled(10, seed=5, prefix="r").texts
+    rated.write_text("".join(json.dumps({"text": t, "V": n % 5}) + "\n" for n, t in enumerate(texts)), encoding="utf-8")
+    labelled(40, seed=6, prefix="o").save(other)
+    quick = ("--method", "latent", "--permutations", "20", "--no-layers", "--candidates", "2")
+    asked = ("--ratings", str(rated), "--transfer", str(other))
+    result = run("discover", corpora[0], "--held-out", corpora[1], "-o", str(tmp_path / "s.json"), *quick, *asked)
+    assert result.exit_code == 0, result.output
+    assert "by causal score" in result.stdout and "correlation of features with ratings over 30 texts" in result.stdout
+    assert "features chosen on another corpus" in result.stdout
+    evidence = json.loads((tmp_path / "evidence.json").read_text(encoding="utf-8"))
+    assert list(evidence["transfers"]) == [f"{tmp_path.name}/other.jsonl"] and evidence["ratings"]["rows"]
+    assert evidence["calibration"]["permutations"] == 20 and len(evidence["calibration"]["deciles"]) == 10
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Do the tests keep their promise?" in page and 'id="ratings"' in page and 'id="transfer"' in page
+
+
+@pytest.mark.usefixtures("tiny")
+def test_scores_are_there_though_what_follows_is_interrupted(
+    corpora: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sae_emotion_plugin.discovery_study.examine", interrupted)
+    out = tmp_path / "scores.json"
+    result = run("discover", corpora[0], "--held-out", corpora[1], "-o", str(out))
+    assert result.exit_code != 0
+    assert {row.feature for row in FeatureScores.load(out).rows} >= set(EMOTIONS.values())
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.usefixtures("tiny")
 def test_discover_writes_parquet_and_nothing_else_when_only_scores_are_asked_for(
     corpora: tuple[str, str], tmp_path: Path
 ) -> None:
@@ -92,6 +128,13 @@ def test_what_cannot_be_done_is_refused_before_anything_is_loaded(corpora: tuple
     line = refused("discover", corpora[0], "-o", str(tmp_path / "scores.xlsx"))
     assert "scores.xlsx" in line and ".parquet" in line
     assert "--scores-only" in refused("discover", corpora[0], "-o", out, "--scores-only", "--report", "a.html")
+    assert "--transfer" in refused("discover", corpora[0], "-o", out, "--scores-only", "--transfer", corpora[1])
+    assert "given twice" in refused("discover", corpora[0], "-o", out, *("--transfer", corpora[1]) * 2)
+    strange = tmp_path / "strange.jsonl"
+    strange.write_text('{"text": "a", "label": "envy"}\n', encoding="utf-8")
+    line = refused("discover", corpora[0], "-o", out, "--transfer", str(strange))
+    assert "strange.jsonl shares no label with the training texts: envy against anger, joy, sadness" in line
+    assert "has no ratings" in refused("discover", corpora[0], "-o", out, "--ratings", str(strange))
     line = refused("discover", corpora[0], "-o", out, "--report", str(tmp_path / "absent" / "page.html"))
     assert "absent" in line
     (tmp_path / "margins.json").write_text("{}")

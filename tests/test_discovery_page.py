@@ -15,24 +15,19 @@ from test_report import HOSTILE, LENS, Page, highlighted_texts
 from sae_emotion_plugin.discovery.absorption import Absorber, Absorption, AbsorptionRow
 from sae_emotion_plugin.discovery.layer_scan import LayerScan, LayerScore
 from sae_emotion_plugin.discovery.method_comparison import MethodDifference, MethodScore, MethodTable
+from sae_emotion_plugin.discovery.probe_losses import LatentProbe, LatentProbes
+from sae_emotion_plugin.discovery.rating_correlations import RatingCorrelation, RatingCorrelations
 from sae_emotion_plugin.discovery.reference_margins import ReferenceMargin, ReferenceMargins
 from sae_emotion_plugin.discovery.scores import FeatureScore, FeatureScores
 from sae_emotion_plugin.discovery.specificity import Specificity, SpecificityRow
+from sae_emotion_plugin.discovery.transfer import TransferRow, TransferTable
 from sae_emotion_plugin.evidence.calibration import TAIL_THRESHOLDS, Calibration, Tail
 from sae_emotion_plugin.evidence.roc import roc_points
-from sae_emotion_plugin.pages.discovery import (
-    PARTS,
-    DiscoveryContent,
-    difference_between,
-    emotions_of,
-    facts,
-    headline,
-    method_name,
-    render,
-    verdict,
-    write_discovery_page,
-)
+from sae_emotion_plugin.feature_roles.steering_ranks import SteeringRank, SteeringRanks
+from sae_emotion_plugin.pages.discovery import emotions_of, render, write_discovery_page
 from sae_emotion_plugin.pages.discovery_charts import RocCurve
+from sae_emotion_plugin.pages.discovery_content import PARTS, DiscoveryContent
+from sae_emotion_plugin.pages.discovery_summary import difference_between, facts, headline, method_name, verdict
 from sae_emotion_plugin.pages.report_content import HighlightedText, ScoreDistribution
 from sae_emotion_plugin.text_lens import LogitLens
 
@@ -184,6 +179,55 @@ def fake_absorption() -> Absorption:
     return Absorption({"precision": 0.8, "level": 0.95}, (*rows, silent))
 
 
+def fake_probes() -> LatentProbes:
+    rows = [LatentProbe(emotion, 200 + i, 0.21, 0.2234, 0.3, 0.2234 / 0.3) for i, emotion in enumerate(EMOTIONS)]
+    return LatentProbes({"pooling": "max"}, tuple(rows))
+
+
+def fake_ranks(scores: FeatureScores) -> SteeringRanks:
+    rows = []
+    for number, emotion in enumerate(EMOTIONS):
+        best = scores.top(emotion, 6)
+        order = list(range(6)) if number % 3 == 0 else [4, 0, 2, 1, 5, 3]
+        for place, i in enumerate(order, start=1):
+            causal = None if number == 3 else 0.6 - 0.17 * place
+            row = best[i]
+            rows.append(SteeringRank(
+                emotion, row.feature, place, i + 1, row.auroc, row.held_out_auroc, causal, 0.01 * place, 0.1 * i - 0.2,
+                0.4, row.promotes,
+            ))  # fmt: skip
+    meta = {"candidates": 6, "causal_amount": 0.05, "amount": 0.4, "n_prompts": 20}
+    return SteeringRanks(meta, tuple(rows))
+
+
+def fake_ratings() -> RatingCorrelations:
+    rows = []
+    for number, emotion in enumerate(EMOTIONS[:7]):
+        for place, name in enumerate(("V", "A", "D")):
+            value = (number - 3) * 0.06 * (1, 0.5, 0.1)[place]
+            ends = value - 0.03, value + 0.03
+            row = RatingCorrelation(emotion, 1000 + number, name, value * 0.8, *ends, value, *ends, 0.2)
+            if (emotion, name) == (EMOTIONS[4], "D"):
+                row = RatingCorrelation(emotion, 1000 + number, name, *(None,) * 6, fires=0.0)
+            rows.append(row)
+    return RatingCorrelations({"n_texts": 8062, "n_groups": 8000, "level": 0.95}, tuple(rows))
+
+
+def fake_transfer() -> TransferTable:
+    rows = []
+    for number, emotion in enumerate(EMOTIONS[:4]):
+        gap = 0.05 * number
+        for subset in ("all", "keyword-free", "profanity-free"):
+            row = TransferRow(
+                emotion, (emotion,), subset, 1000 + number, 0.8, 0.7 - gap, 0.6, 0.8, 0.7, 77, gap, gap - 0.04,
+                gap + 0.04, 1 + 60 * number, 300, 5000,
+            )  # fmt: skip
+            if (number, subset) == (2, "keyword-free"):
+                row = replace(row, **dict.fromkeys(("auroc", "low", "high", "gap", "gap_low", "gap_high")))
+            rows.append(row)
+    return TransferTable({"level": 0.95, "n_texts": {"choosing": 5000, "scoring": 5300}}, tuple(rows))
+
+
 def fake_content() -> DiscoveryContent:
     """A whole discovery's worth of made-up numbers; also what the page is looked at with."""
     chance = random.Random(0)
@@ -211,6 +255,10 @@ def fake_content() -> DiscoveryContent:
         calibration=fake_calibration(),
         margins=fake_margins(),
         links={row.feature: f"https://www.neuronpedia.org/m/l/{row.feature}" for row in scores.rows},
+        probes=fake_probes(),
+        ranks=fake_ranks(scores),
+        ratings=fake_ratings(),
+        transfers={"xed_en/train.jsonl.gz": fake_transfer()},
     )
 
 
@@ -264,6 +312,13 @@ def hostile_content() -> DiscoveryContent:
         fake_calibration(by_label=(Tail(bad, 1e-2, 5, 5, 1.0, 1e-9),), fewest_honest=None, deciles=(0.0,) * 10),
         ReferenceMargins({}, (ReferenceMargin(bad, "mean", nan, nan, nan, nan, nan, None, None),)),
         {1: "javascript:alert(1)"},
+        LatentProbes({}, (LatentProbe(bad, 1, nan, nan, nan, nan),)),
+        SteeringRanks(
+            {"candidates": bad, "causal_amount": nan, "amount": nan, "n_prompts": bad},
+            (SteeringRank(bad, 1, 1, 2, nan, None, None, nan, nan, nan, (bad, "", "\n")),),
+        ),
+        RatingCorrelations({"n_texts": nan}, (RatingCorrelation(bad, 1, bad, nan, nan, nan, nan, nan, nan, nan),)),
+        {bad: TransferTable({}, (TransferRow(bad, (bad,), "all", 1, nan, *(None,) * 9, n_in=0, n_out=0),))},
     )
 
 
@@ -274,7 +329,7 @@ def test_the_page_is_well_formed_and_loads_nothing(source: str, page: Page):
     names = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(names) == len(set(names))
     inside = [attributes["href"] for attributes in page.of("a") if attributes["href"][0] == "#"]
-    assert {target[1:] for target in inside} <= set(names) and len(inside) >= 12
+    assert {target[1:] for target in inside} <= set(names) and len(inside) >= 16
     outside = [attributes for attributes in page.of("a") if attributes["href"][0] != "#"]
     assert outside and all(a["href"].startswith("https://www.neuronpedia.org/") for a in outside)
     assert all(a["rel"] == "noopener noreferrer" for a in outside)
@@ -370,6 +425,39 @@ def test_every_figure_of_the_rows_is_on_the_page(content: DiscoveryContent, page
     assert page.prose.count("not told apart") == 2 and page.prose.count("✓ specific") == 10
     assert len(page.of("rect", "cell")) == 7 * 7
     assert "7 of 200" in page.prose and "5 min 12 s" in page.prose
+
+
+def test_what_to_steer_with_stands_in_the_order_of_the_causal_score(content: DiscoveryContent, page: Page) -> None:
+    assert content.ranks
+    shown = Page(render(DiscoveryContent("t", ranks=content.ranks)))
+    first = [row.feature for emotion in EMOTIONS for row in content.ranks.top(emotion, 3)]
+    assert [int(number) for number in re.findall(r"(?<!\S)\d{3,6}(?!\S)", shown.prose)][: len(first)] == first
+    assert "no list of words: by AUROC" in shown.prose and "it alone predicted beyond doubt" in shown.prose
+    (fact,) = facts(DiscoveryContent("t", ranks=content.ranks))
+    assert fact.text.startswith("For 8 of 12 emotions") and fact.good is None
+
+
+def test_ratings_name_what_goes_with_them_most_and_mark_what_is_beyond_chance(content: DiscoveryContent) -> None:
+    assert content.ratings
+    (fact,) = facts(DiscoveryContent("t", ratings=content.ratings))
+    assert fact.good is None
+    assert f"with V −0.180 [−0.210,\u00a0−0.150] ({EMOTIONS[0]}), with A −0.090" in fact.text
+    source = render(DiscoveryContent("t", ratings=content.ratings))
+    bold = re.findall(r"<b>([+−]0\.\d\d)</b>", source)
+    beyond = [row for row in content.ratings.rows if row.spearman is not None and abs(row.spearman) > 0.03]
+    assert len(bold) == len(beyond)
+
+
+def test_features_that_lose_on_another_corpus_are_named(content: DiscoveryContent) -> None:
+    (fact,) = facts(DiscoveryContent("t", transfers=content.transfers))
+    assert fact.good is False
+    assert f"3 of 4 lose to the feature that xed_en/train.jsonl.gz would choose itself: {EMOTIONS[1]}" in fact.text
+    table = fake_transfer()
+    (fact,) = facts(DiscoveryContent("t", transfers={"x": replace(table, rows=table.rows[:3])}))
+    assert fact.good is True and "0 of 1 lose" in fact.text
+    none = replace(table.rows[0], **dict.fromkeys(("auroc", "gap", "gap_low", "gap_high")))
+    (fact,) = facts(DiscoveryContent("t", transfers={"x": replace(table, rows=(none,))}))
+    assert fact.good is None and "too few texts" in fact.text
 
 
 def test_the_depth_of_a_heat_cell_is_its_distance_from_chance():

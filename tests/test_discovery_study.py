@@ -3,6 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import EMOTIONS, labelled
 
@@ -11,20 +12,32 @@ from sae_emotion_plugin.discovery.emotion_features import discover
 from sae_emotion_plugin.discovery_study import Study, study
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.pages.discovery import render
+from sae_emotion_plugin.rated_texts import RatedTexts
 
 TEXTS, HELD_OUT = labelled(60, seed=1), labelled(24, seed=2, prefix="h")
-
-
+ELSEWHERE = labelled(40, seed=4, prefix="e")
+RATED = RatedTexts(
+    HELD_OUT.texts,
+    {"pleasant": np.array([1.0 if own == ("joy",) else -0.01 * n for n, own in enumerate(HELD_OUT.emotions)])},
+)
 QUICK = ("latent", "neuron")
 
 
 def studied(bridge: Any, sae: Any, texts: LabelledTexts = TEXTS, **settings: Any) -> Study:
-    return study(bridge, sae, texts, HELD_OUT, **{"methods": QUICK, "permutations": 20, "progress": False, **settings})
+    quick = {"methods": QUICK, "permutations": 20, "candidates": 0, "progress": False}
+    return study(bridge, sae, texts, HELD_OUT, **{**quick, **settings})
 
 
 @pytest.fixture(scope="module")
 def found(bridge: Any, emotional_sae: Any) -> Study:
-    return studied(bridge, emotional_sae, methods=("latent", "difference-of-means", "dense-probe", "neuron"))
+    return studied(
+        bridge,
+        emotional_sae,
+        methods=("latent", "difference-of-means", "dense-probe", "neuron"),
+        candidates=2,
+        ratings=RATED,
+        others={"elsewhere": ELSEWHERE},
+    )
 
 
 def test_the_scores_are_those_of_discover(found: Study, bridge: Any, emotional_sae: Any) -> None:
@@ -47,6 +60,32 @@ def test_every_part_is_there_and_knows_the_planted_features(found: Study) -> Non
     assert found.calibration is not None and found.calibration.permutations == 20
 
 
+def test_ratings_other_corpora_probes_and_ranks_know_the_planted_features(found: Study) -> None:
+    assert found.ratings is not None and found.probes is not None and found.ranks is not None
+    pearson = {row.emotion: row.pearson or 0.0 for row in found.ratings.rows}
+    assert pearson["joy"] > 0.5 > 0 > max(pearson["anger"], pearson["sadness"])
+    table = found.transfers["elsewhere"]
+    assert {row.emotion: row.feature for row in table.rows} == EMOTIONS
+    # Joy, anger and sadness are one word each everywhere, so that nothing is lost and without the word nothing left.
+    assert all(row.auroc is not None and row.auroc > 0.99 for row in table.rows if row.subset == "all")
+    assert {row.auroc for row in table.rows if row.subset == "keyword-free"} == {None}
+    assert {row.emotion: row.feature for row in found.probes.rows} == EMOTIONS
+    assert found.probes.mean_loss_ratio < 0.2
+    assert len(found.ranks.rows) == 2 * len(EMOTIONS)
+
+
+def test_a_corpus_without_a_shared_label_and_ratings_that_never_vary_are_left_out_and_said(
+    bridge: Any, emotional_sae: Any
+) -> None:
+    others = {"strange": labelled(20, seed=5, words={"envy": "w3", "awe": "w4"}, prefix="s")}
+    flat = RatedTexts(HELD_OUT.texts, {"V": np.ones(len(HELD_OUT))})
+    found = studied(bridge, emotional_sae, others=others, ratings=flat, permutations=0, scan=False)
+    assert found.transfers == {} and found.ratings is None
+    assert "they have awe, envy; the scores anger, joy, sadness" in found.left_out["transfer to strange"]
+    assert "all ratings of V are 1" in found.left_out["ratings"]
+    assert "transfer to strange" in render(found.content)
+
+
 def test_the_page_and_the_file_hold_what_was_found(found: Study, tmp_path: Path) -> None:
     page = render(found.content)
     assert all(f"{emotion}" in page for emotion in EMOTIONS)
@@ -59,6 +98,10 @@ def test_the_page_and_the_file_hold_what_was_found(found: Study, tmp_path: Path)
     assert saved["margins"] is None and saved["left_out"] == {}
     assert len(saved["layers"]["rows"]) == 2 * 2 * (len(EMOTIONS) + 1)
     assert saved["absorption"]["rows"][0]["emotion"] in EMOTIONS
+    assert saved["calibration"]["permutations"] == 20 and saved["calibration"]["deciles"]
+    assert saved["ratings"]["rows"][0]["rating"] == "pleasant" and saved["transfers"]["elsewhere"]["rows"]
+    assert len(saved["steering_ranks"]["rows"]) == 2 * len(EMOTIONS) and saved["probes"]["rows"]
+    assert all(f'id="{part}"' in page for part in ("calibration", "ratings", "transfer", "probes", "steering"))
 
 
 def test_what_the_texts_are_too_few_for_is_left_out_and_said(bridge: Any, emotional_sae: Any) -> None:
@@ -102,3 +145,15 @@ def test_some_of_the_emotions_are_studied_among_all_texts(bridge: Any, emotional
     assert found.calibration is not None and found.calibration.n_labels == 2
     assert found.methods is not None and found.methods.meta["n_texts"]["train"] == len(TEXTS)
     assert found.methods.methods == ("latent", "neuron", "dense-probe") and found.absorption is not None
+
+
+def test_every_feature_that_is_named_links_to_its_page_where_the_metadata_know_it(
+    bridge: Any, emotional_sae: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(emotional_sae.cfg.metadata, "neuronpedia_id", "tiny/0-emotion")
+    found = studied(bridge, emotional_sae, others={"elsewhere": ELSEWHERE}, permutations=0, scan=False)
+    assert found.scores.meta["neuronpedia_id"] == "tiny/0-emotion"
+    assert found.content.links[EMOTIONS["joy"]] == "https://www.neuronpedia.org/tiny/0-emotion/7"
+    ceilings = {row.ceiling_feature for row in found.transfers["elsewhere"].rows} - {None}
+    assert found.content.links.keys() >= {row.feature for row in found.scores.rows} | ceilings
+    assert 'href="https://www.neuronpedia.org/tiny/0-emotion/7"' in render(found.content)

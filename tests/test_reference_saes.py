@@ -10,11 +10,12 @@ import torch
 from conftest import D_MODEL, HOOK, VOCABULARY, WORDS
 from sae_lens import SAE
 from safetensors.torch import load_file
+from test_cli import refused, run
 
 from sae_emotion_plugin import activation_store, reference_saes
 from sae_emotion_plugin.activation_store import ActivationStore, collect
 from sae_emotion_plugin.activations import activation_batches
-from sae_emotion_plugin.discovery.reference_margins import reference_margins
+from sae_emotion_plugin.discovery.reference_margins import ReferenceMargins, reference_margins
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.evaluation import DictionaryReport
 from sae_emotion_plugin.models import model_identity, weights_identity
@@ -436,3 +437,21 @@ def test_training_alone_refuses_the_recipes_that_need_more(kind: str, planted: A
     with pytest.raises(ValueError, match="train_references makes it"):
         train(replace(RECIPE, reference=kind), planted, root, tmp_path / "out", progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_makes_them_and_writes_margins_that_a_page_can_show(
+    planted: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAE_EMOTION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sae_emotion_plugin.models.load_model", lambda name: planted)
+    monkeypatch.setattr(dictionaries, "evaluate", lambda *_, **__: MADE_UP)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.to_yaml(), encoding="utf-8")
+    labelled(200, 2).save(tmp_path / "train.jsonl")
+    out = tmp_path / "made"
+    asked = ("references", str(tmp_path / "recipe.yaml"), str(tmp_path / "train.jsonl"), "--texts", str(root))
+    result = run(*asked, "-o", str(out), "--kind", "random-directions", "--emotion", "joy", "--emotion", "fear")
+    assert result.exit_code == 0, result.output
+    margins = ReferenceMargins.load(out / "margins.json")
+    assert margins.references == ("random-directions",) and margins.meta["emotions"] == ["joy", "fear"]
+    assert "References are no empty nulls" in result.stdout
+    assert "unknown reference 'frozen'" in refused(*asked, "-o", str(out), "--kind", "frozen")

@@ -16,6 +16,7 @@ from sae_emotion_plugin.discovery.transfer import (
     TransferRow,
     TransferTable,
     merged_labels,
+    shared_names,
     transfer,
 )
 from sae_emotion_plugin.judges.corpora import KOTE_LABELS
@@ -130,6 +131,14 @@ def test_too_few_texts_give_a_row_without_figures() -> None:
 def test_merged_labels_rename_and_drop() -> None:
     texts = texts_of([("화남", "기쁨"), ("짜증", "화남"), ("other",), ()], 0)
     assert merged_labels(texts, NAMES).emotions == (("anger", "joy"), ("anger",), (), ())
+
+
+def test_shared_names_are_the_same_labels_or_those_of_kote() -> None:
+    assert shared_names(("anger", "joy", "awe"), ("joy", "anger", "trust")) == {"anger": "anger", "joy": "joy"}
+    assert shared_names(("joy",), ("envy",)) == {}
+    kote = tuple(label for labels in GOEMOTIONS_TO_KOTE.values() for label in labels)
+    assert shared_names(("anger", "awe"), kote) == {"anger": GOEMOTIONS_TO_KOTE["anger"]}
+    assert shared_names(("joy",), kote[:1]) == {}
 
 
 def test_the_mappings_are_of_the_basic_emotions() -> None:

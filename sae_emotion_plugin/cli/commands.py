@@ -16,6 +16,7 @@ from sae_emotion_plugin.cli.inspect import inspect
 from sae_emotion_plugin.cli.monitor import monitor
 from sae_emotion_plugin.cli.options import OneLineErrors, dictionary_option, json_option, model_option
 from sae_emotion_plugin.cli.publish import publish
+from sae_emotion_plugin.cli.references import references
 from sae_emotion_plugin.cli.registry import registry
 from sae_emotion_plugin.cli.steering import export, steer, study
 from sae_emotion_plugin.cli.view import view
@@ -213,6 +214,7 @@ for command in (
     lens,
     monitor,
     publish,
+    references,
     registry,
     roles,
     steer,

@@ -101,7 +101,30 @@ def features(prompt: str, model: str, dictionary: str, top: int, each_token: boo
 )
 @click.option("--permutations", default=20, show_default=True, help="Runs on permuted labels for the page; 0: none.")
 @click.option("--no-layers", is_flag=True, help="Leave the scan of all layers out of the page.")
-@click.option("--margins", type=click.Path(path_type=Path), help="Margins over reference dictionaries, to show (JSON).")
+@click.option(
+    "--margins",
+    type=click.Path(path_type=Path),
+    help="Margins over reference dictionaries, as `references` wrote them.",
+)
+@click.option(
+    "--ratings",
+    type=click.Path(path_type=Path),
+    help="Texts with numbers in columns, such as EmoBank's V, A, D: correlate the best features with them.",
+)
+@click.option(
+    "--transfer",
+    "elsewhere",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Another corpus with labels of TRAIN's: score the best features there too (repeatable).",
+)
+@click.option(
+    "--candidates",
+    type=click.IntRange(min=0),
+    default=20,
+    show_default=True,
+    help="Features of each label that are added to neutral openings, to rank them for steering; 0: none.",
+)
 @json_option
 def discover(
     train: Path,
@@ -124,15 +147,19 @@ def discover(
     permutations: int,
     no_layers: bool,
     margins: Path | None,
+    ratings: Path | None,
+    elsewhere: tuple[Path, ...],
+    candidates: int,
     as_json: bool,
 ) -> None:
     """Rank features for each label of TRAIN (.jsonl, .csv, .tsv, also .gz) and score them on held-out texts.
 
     Beside the scores it writes a page, report.html, and what that shows as evidence.json: baselines on the same texts,
-    specificity, a scan of the layers, the tests on permuted labels. An interrupted run goes on where it was.
+    specificity, what to steer with, a scan of the layers, the tests on permuted labels. Scores are written as soon as
+    they are there. An interrupted run goes on behind the texts that it encoded.
     """
-    if scores_only and (report or margins):
-        raise ValueError("--scores-only writes no page: give it without --report and --margins")
+    if scores_only and (report or margins or ratings or elsewhere):
+        raise ValueError("--scores-only writes no page: give it without --report, --margins, --ratings and --transfer")
     page = report or out.with_name("report.html")
     for path in (out, page):
         check_folder(path)
@@ -140,42 +167,42 @@ def discover(
         raise ValueError(f"cannot write {out}: its name must end in .json or .parquet")
     texts, others = _texts(train, held_out, text_column, label_column, single_label)
 
+    others_by_name = _by_name(elsewhere, texts, text_column, label_column, single_label)
+
+    from sae_emotion_plugin.discovery.emotion_features import discover as run
     from sae_emotion_plugin.discovery.reference_margins import ReferenceMargins
     from sae_emotion_plugin.models import cache_folder, load_model
     from sae_emotion_plugin.plugin import load_dictionary
+    from sae_emotion_plugin.rated_texts import read_ratings
 
     over_references = ReferenceMargins.load(margins) if margins else None
+    rated = read_ratings(ratings) if ratings else None
     sae = load_dictionary(dictionary, layer=layer)
-    asked = (load_model(model), sae, texts, others)
-    settings: dict[str, Any] = {
-        "pooling": pooling,
-        "emotions": emotions or None,
-        "top": top,
-        "skip_rare": skip_rare,
-        "seed": seed,
-        "cache": cache_folder() / "codes",
-    }
-    if scores_only:
-        from sae_emotion_plugin.discovery.emotion_features import discover as run
+    hooked = load_model(model)
+    shared: dict[str, Any] = {"skip_rare": skip_rare, "seed": seed, "cache": cache_folder() / "codes"}
+    discovery = run(hooked, sae, texts, others, pooling=pooling, emotions=emotions or None, top=top, **shared)
+    scores, shown = discovery.scores, []
+    written = [scores.save(out)]
+    if not scores_only:
+        from sae_emotion_plugin.discovery_study import METHODS, examine
+        from sae_emotion_plugin.pages.discovery import write_discovery_page
+        from sae_emotion_plugin.pages.discovery_summary import headline
 
-        scores, shown = run(*asked, **settings).scores, []
-        written = [scores.save(out)]
-    else:
-        from sae_emotion_plugin.discovery_study import METHODS, study
-        from sae_emotion_plugin.pages.discovery import headline, write_discovery_page
-
-        found = study(
-            *asked,
-            **settings,
+        found = examine(
+            *(hooked, sae, discovery),
+            **shared,
             title=f"{dictionary} on {train.name}",
             methods=methods or METHODS,
             permutations=permutations,
+            candidates=candidates,
             scan=not no_layers,
             margins=over_references,
+            ratings=rated,
+            others=others_by_name,
         )
-        scores, shown = found.scores, [found.methods, found.specificity, headline(found.content)]
-        written = [scores.save(out), found.save(out.with_name("evidence.json"))]
-        written.append(write_discovery_page(page, found.content))
+        shown = [found.methods, found.specificity, found.ranks, found.ratings, *found.transfers.values()]
+        shown.append(headline(found.content))
+        written += [found.save(out.with_name("evidence.json")), write_discovery_page(page, found.content)]
     if as_json:
         click.echo(json.dumps(scores.to_dict(), ensure_ascii=False))
     else:
@@ -228,7 +255,8 @@ def layers(
     from sae_emotion_plugin.discovery.layer_scan import scan_layers
     from sae_emotion_plugin.emotion_texts import without_overlap
     from sae_emotion_plugin.models import cache_folder, load_model
-    from sae_emotion_plugin.pages.discovery import DiscoveryContent, write_discovery_page
+    from sae_emotion_plugin.pages.discovery import write_discovery_page
+    from sae_emotion_plugin.pages.discovery_content import DiscoveryContent
     from sae_emotion_plugin.plugin import load_dictionary
 
     ours, theirs = (texts, others) if others is not None else texts.split(0.5, seed)
@@ -266,7 +294,8 @@ def lens(prompt: str, model: str, top: int, report: Path | None, as_json: bool) 
 
     found = logit_lens(load_model(model), prompt, top=top)
     if report:
-        from sae_emotion_plugin.pages.discovery import DiscoveryContent, write_discovery_page
+        from sae_emotion_plugin.pages.discovery import write_discovery_page
+        from sae_emotion_plugin.pages.discovery_content import DiscoveryContent
 
         write_discovery_page(report, DiscoveryContent("Logit lens", lens=found))
         click.echo(f"written to {report}", err=True)
@@ -333,3 +362,25 @@ def _texts(
         return texts.only_single_label() if single_label else texts
 
     return read(train), read(held_out) if held_out else None
+
+
+def _by_name(
+    paths: tuple[Path, ...],
+    texts: "LabelledTexts",
+    text_column: str,
+    label_column: str | None,
+    single_label: bool,
+) -> "dict[str, LabelledTexts]":
+    """The other corpora by their names: folder and file. ValueError for one that shares no label with `texts`."""
+    from sae_emotion_plugin.discovery.transfer import shared_names
+
+    found = {}
+    for path in paths:
+        name = f"{path.resolve().parent.name}/{path.name}"
+        if name in found:
+            raise ValueError(f"--transfer {path} is given twice, or two corpora are called {name}")
+        found[name], _ = _texts(path, None, text_column, label_column, single_label)
+        if not shared_names(texts.labels, found[name].labels):
+            ours, theirs = ", ".join(texts.labels), ", ".join(found[name].labels)
+            raise ValueError(f"--transfer {path} shares no label with the training texts: {theirs} against {ours}")
+    return found

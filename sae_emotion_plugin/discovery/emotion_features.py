@@ -78,6 +78,7 @@ def discover(
         "model": identity["name"],
         "model_weights": identity.get("weights", ""),
         "model_sha256": identity.get("gguf_sha256", ""),
+        "neuronpedia_id": sae.cfg.metadata.neuronpedia_id,
         "versions": {
             name: metadata.version(name)
             for name in ("sae-emotion-plugin", "sae-lens", "transformer-lens", "transformers", "torch")

@@ -212,6 +212,15 @@ def merged_labels(texts: LabelledTexts, names: Names) -> LabelledTexts:
     return LabelledTexts(texts.texts, emotions, texts.ids, texts.language)
 
 
+def shared_names(emotions: Sequence[str], labels: Sequence[str]) -> dict[str, str | tuple[str, ...]]:
+    """Returns which of `labels` count as each of `emotions`: the one of the same name, or KOTE's names for it."""
+    found: dict[str, str | tuple[str, ...]] = {emotion: emotion for emotion in emotions if emotion in labels}
+    for emotion, theirs in GOEMOTIONS_TO_KOTE.items():
+        if emotion in emotions and emotion not in found and set(theirs) <= set(labels):
+            found[emotion] = theirs
+    return found
+
+
 _FIGURES = ("auroc", "low", "high", "ceiling", "ceiling_feature", "gap", "gap_low", "gap_high", "rank")
 
 

@@ -179,6 +179,8 @@ def output_scores(
     if empty and words is not None:
         raise ValueError(f"no word of {empty[0]!r} is a single token of the model: {', '.join(words[empty[0]])[:80]}")
     tokens_of = {name: found for name, found in tokens_of.items() if name not in empty}
+    if not tokens_of:
+        raise ValueError(f"none of the words of {_some(lists)} is a single token of the model: give others as words=")
 
     unique = list(dict.fromkeys(int(feature) for feature in features))
     plans = {
