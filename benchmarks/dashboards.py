@@ -1,6 +1,6 @@
 """Dashboards of a whole dictionary: seconds a feature and a token, and peak memory, against SAEDashboard's.
 
-    python benchmarks/dashboards.py [--tokens 8192] [--width 32768] [--peer-python PYTHON | --peer-seconds 0.22] [--scaling]
+    python benchmarks/dashboards.py [--tokens 8192] [--width 32768] [--scaling] [--peer-python PYTHON]
 
 A model of GPT-2's shape with random weights (768 dimensions, 50,257 tokens) and a random TopK SAE (k = 32) behind its
 sixth block; texts of 127 random tokens and BOS. Timed is everything from texts to the last `FeatureDashboard`: model,
@@ -10,9 +10,9 @@ environment of its own: it needs transformer-lens 2 and transformers 4), in whic
 batches of 128 features on the same model and tokens; the second counts, which finds the model's activations on disk.
 The SAE is the same there, but for its flag `rescale_acts_by_decoder_norm`, without which the runner refuses a TopK SAE;
 `--peer-relu` gives it a ReLU SAE of the same size, of which it encodes only the batch. `--peer-seconds` is a figure
-measured before. `processor_seconds` are those of all threads together, and say more where others work on the machine too. `peak_mib` is
-what the run adds to model and SAE at its peak, memory-mapped files among it. With `--scaling` the same
-at twice the tokens, and at half the width. The last line is one JSON object.
+measured before. `processor_seconds` are those of all threads together, and say more where others work on the machine
+too. `peak_mib` is what the run adds to model and SAE at its peak, memory-mapped files among it. With `--scaling` the
+same at twice the tokens, and at half the width. The last line is one JSON object.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def measure_peer(python: str, tokens: int, width: int, *, relu: bool) -> dict[st
     ids[:, 0] = 0
     with tempfile.TemporaryDirectory() as folder:
         write_folder(
-            Path(folder),
+            Path(folder) / "in",
             random_gpt2(CONFIG),
             CONFIG,
             WORDS,
@@ -115,12 +115,13 @@ def measure_peer(python: str, tokens: int, width: int, *, relu: bool) -> dict[st
             features_per_batch=PEER_BATCH,
             batches=2,
         )
-        (made,) = run_peer(python, [Path(folder)])
+        (made,) = run_peer(python, [Path(folder) / "in"], Path(folder) / "work")
     first, second = made["seconds"]
     return {
         "seconds_per_feature": round(second / PEER_BATCH, 4),
         "seconds_of_first_batch": round(first, 1),
         "seconds_of_second_batch": round(second, 1),
+        "processor_seconds_of_both": round(made["processor_seconds"], 1),
         "features_of_a_batch": PEER_BATCH,
         "sae": "relu" if relu else "topk",
         "alive_among_those_made": sum(feature["frac_nonzero"] > 0 for feature in made["features"]),

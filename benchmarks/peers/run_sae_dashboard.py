@@ -57,8 +57,9 @@ def run() -> None:
     drawn = runner.generate_tokens(runner.activations_store, setting["drawn_prompts"]).tolist()
     folder = Path(runner.cfg.outputs_dir)
     torch.save(tokens, folder / f"tokens_{n_prompts}.pt")
-    started = time.time()
+    started, worked = time.time(), time.process_time()
     runner.run()
+    worked = time.process_time() - worked
     features, seconds = [], []
     for batch in range(setting["batches"]):
         path = folder / f"batch-{batch}.json"
@@ -70,6 +71,7 @@ def run() -> None:
             {
                 "features": features,
                 "seconds": seconds,
+                "processor_seconds": worked,
                 "drawn": drawn,
                 "threads": torch.get_num_threads(),
                 "versions": {

@@ -1,6 +1,7 @@
 """A random model of GPT-2's architecture, its tokenizer of words, and the folder from which SAEDashboard reads both."""
 
 import json
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 SPECIAL = ("<bos>", "<eos>", "<unk>")
 RUNNER = Path(__file__).with_name("run_sae_dashboard.py")
@@ -85,9 +86,24 @@ def write_folder(
     (folder / "setting.json").write_text(json.dumps(setting))
 
 
-def run_peer(python: str, folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """What SAEDashboard makes of each folder: `features`, `seconds` of each batch, `drawn` tokens, `versions`."""
-    done = subprocess.run([python, str(RUNNER), *map(str, folders)], capture_output=True, text=True)
+def read_folder(folder: Path) -> tuple[Any, list[str], Any, np.ndarray]:
+    """The model, its words, the SAE and the tokens of a folder that `write_folder` wrote."""
+    from sae_lens import SAE
+
+    setting = json.loads((folder / "setting.json").read_text())
+    model = random_gpt2(setting["model"])
+    missing, _ = model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
+    if set(missing) - {"lm_head.weight"}:
+        raise ValueError(f"{folder} lacks weights of the model: {missing}")
+    model.tie_weights()
+    return model, setting["words"], SAE.load_from_disk(folder / "sae", device="cpu"), np.load(folder / "tokens.npy")
+
+
+def run_peer(python: str, folders: Sequence[Path], work: Path) -> list[dict[str, Any]]:
+    """What SAEDashboard makes of copies of the folders in `work`: `features`, `seconds` of each batch, `versions`,
+    and `drawn`, the tokens that it would have drawn from the texts."""
+    copies = [Path(shutil.copytree(folder, work / str(number))) for number, folder in enumerate(folders)]
+    done = subprocess.run([python, str(RUNNER), *map(str, copies)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{RUNNER.name} failed:\n{done.stderr[-3000:]}")
-    return [json.loads((folder / "features.json").read_text()) for folder in folders]
+    return [json.loads((copy / "features.json").read_text()) for copy in copies]
