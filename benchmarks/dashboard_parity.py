@@ -254,7 +254,10 @@ def groups(
         ends.append(largest((-1, top.highest), first))
         strongest = their_top[: own.n_active]  # upstream fills the group up with silent tokens
         distinct = list(dict.fromkeys(tuple(row["tokens"]) for row in strongest))
-        tops.append(float(distinct != [one.tokens[cut:] for one in top.sequences[: len(distinct)]]))
+        # Texts that begin alike are tied, so what is compared is the maxima.
+        maxima = {one.tokens[cut:]: one.maximum for one in top.sequences}
+        found = [maxima.get(tokens, float("inf")) for tokens in distinct]
+        tops.append(largest(found, [one.maximum for one in top.sequences[: len(found)]]))
         of_tokens = {tuple(row["tokens"]): row["values"] for row in strongest}
         rows += [
             largest(one.values[cut:], of_tokens[one.tokens[cut:]])
@@ -271,7 +274,7 @@ def groups(
             shares.append(abs(part.share * of_all + silent - theirs[0]["bin_contains"]))
             within = [part.lowest <= one.maximum <= part.highest for one in part.sequences]
             sampled.append(float(not all(within) or len(theirs) > 5))
-    yield line("strongest: sequences and their order, upstream's repetitions folded", iter(tops))
+    yield line("strongest: sequences in order, upstream's repetitions folded", iter(tops), ROUNDING)
     yield line("strongest: values of their tokens", iter(rows), ROUNDING)
     yield line("groups: their order and ends", iter(ends), ROUNDING)
     yield line("intervals: share of the tokens, BOS and EOS counted", iter(shares), PERCENT_ROUNDING)

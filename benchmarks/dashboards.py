@@ -117,11 +117,12 @@ def measure_peer(python: str, tokens: int, width: int, *, relu: bool) -> dict[st
         )
         (made,) = run_peer(python, [Path(folder) / "in"], Path(folder) / "work")
     first, second = made["seconds"]
+    worked = made["processor_seconds"][1]
     return {
         "seconds_per_feature": round(second / PEER_BATCH, 4),
         "seconds_of_first_batch": round(first, 1),
         "seconds_of_second_batch": round(second, 1),
-        "processor_seconds_of_both": round(made["processor_seconds"], 1),
+        "processor_seconds_per_feature": round(worked / PEER_BATCH, 4),
         "features_of_a_batch": PEER_BATCH,
         "sae": "relu" if relu else "topk",
         "alive_among_those_made": sum(feature["frac_nonzero"] > 0 for feature in made["features"]),

@@ -50,28 +50,27 @@ def run() -> None:
             n_prompts_total=n_prompts,
             n_tokens_in_prompt=context,
             n_features_at_a_time=setting["features_per_batch"],
-            end_batch=setting["batches"] - 1,
             shuffle_tokens=False,
         )
     )
     drawn = runner.generate_tokens(runner.activations_store, setting["drawn_prompts"]).tolist()
     folder = Path(runner.cfg.outputs_dir)
     torch.save(tokens, folder / f"tokens_{n_prompts}.pt")
-    started, worked = time.time(), time.process_time()
-    runner.run()
-    worked = time.process_time() - worked
-    features, seconds = [], []
+    features, seconds, processor_seconds = [], [], []
     for batch in range(setting["batches"]):
-        path = folder / f"batch-{batch}.json"
-        seconds.append(path.stat().st_mtime - started)
-        started = path.stat().st_mtime
-        features += json.loads(path.read_text())["features"]
+        runner.cfg.end_batch = batch
+        runner.activations_store = None  # every run deletes it
+        started, worked = time.perf_counter(), time.process_time()
+        runner.run()  # batches that are there already are skipped
+        seconds.append(time.perf_counter() - started)
+        processor_seconds.append(time.process_time() - worked)
+        features += json.loads((folder / f"batch-{batch}.json").read_text())["features"]
     Path("features.json").write_text(
         json.dumps(
             {
                 "features": features,
                 "seconds": seconds,
-                "processor_seconds": worked,
+                "processor_seconds": processor_seconds,
                 "drawn": drawn,
                 "threads": torch.get_num_threads(),
                 "versions": {

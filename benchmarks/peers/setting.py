@@ -100,8 +100,8 @@ def read_folder(folder: Path) -> tuple[Any, list[str], Any, np.ndarray]:
 
 
 def run_peer(python: str, folders: Sequence[Path], work: Path) -> list[dict[str, Any]]:
-    """What SAEDashboard makes of copies of the folders in `work`: `features`, `seconds` of each batch, `versions`,
-    and `drawn`, the tokens that it would have drawn from the texts."""
+    """What SAEDashboard makes of copies of the folders in `work`: `features`, `seconds` and `processor_seconds` of
+    each batch, `versions`, and `drawn`, the tokens that it would have drawn from the texts."""
     copies = [Path(shutil.copytree(folder, work / str(number))) for number, folder in enumerate(folders)]
     done = subprocess.run([python, str(RUNNER), *map(str, copies)], capture_output=True, text=True)
     if done.returncode:
