@@ -65,8 +65,8 @@ def seen(bridge: Any, tmp_path_factory: pytest.TempPathFactory) -> Seen:
             return sae.encode(vectors).numpy().copy(), vectors.numpy()
 
     codes, vectors = encoded()
-    with torch.no_grad():  # biases such that one feature in four fires, one nowhere and one once
-        sae.b_enc -= torch.from_numpy(np.quantile(codes[:, 1:], 0.8, axis=(0, 1)))
+    with torch.no_grad():  # biases such that a feature fires on one token in five, one nowhere and one once
+        sae.b_enc.sub_(torch.from_numpy(np.quantile(codes[:, 1:], 0.8, axis=(0, 1))))
         sae.b_enc[DEAD] = -1e6
         before = codes[:, 1:, LEAST][ids[:, 1:] != VOCABULARY["<eos>"]]
         sae.b_enc[LEAST] += np.quantile(before, 0.8) - np.sort(before)[-2:].mean()

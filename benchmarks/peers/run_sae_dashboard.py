@@ -15,6 +15,7 @@ import time
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled", "TQDM_DISABLE": "1"}
 
@@ -33,10 +34,14 @@ def run() -> None:
     dataset.mkdir(exist_ok=True)
     (dataset / "train.jsonl").write_bytes(Path("texts.jsonl").read_bytes())
 
-    numpy, torch, loading, neuronpedia = map(
-        import_module,
-        ("numpy", "torch", "transformer_lens.loading_from_pretrained", "sae_dashboard.neuronpedia.neuronpedia_runner"),
+    names = (
+        "numpy",
+        "torch",
+        "transformer_lens.loading_from_pretrained",
+        "sae_dashboard.neuronpedia.neuronpedia_runner",
     )
+    modules: list[Any] = [import_module(name) for name in names]
+    numpy, torch, loading, neuronpedia = modules
     loading.get_official_model_name = lambda name: name
     tokens = torch.from_numpy(numpy.load("tokens.npy"))
     n_prompts, context = tokens.shape
