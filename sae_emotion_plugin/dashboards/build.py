@@ -76,11 +76,23 @@ def build_dashboards(
     and padding never count. Interrupted, the same call goes on; finished, it only reads. Activations are those of
     `folded_sae`.
 
-    Definitions are SAEDashboard's (`neuronpedia` runner), with these differences: BOS counts neither among the tokens
-    nor in correlations; the strongest and the sampled are sequences, each once, where SAEDashboard takes tokens and
-    Neuronpedia folds the repetitions away; an interval's sample is of sequences whose maximum lies in it, where the
-    page would move them; correlated features are sought among all features, not among the 128 of a batch, and
-    only positive correlations count.
+    Definitions are those of SAEDashboard 0.8.0 (its runner for Neuronpedia), compared with its output number by number
+    (`benchmarks/dashboard_parity.py`). They differ on purpose in this:
+
+    - BOS, EOS and padding are silent there too, but here they are no tokens either: not in the shares of tokens, not
+      in correlations, in which BOS's large activations would count.
+    - Every token of every text is read, also of a text that occurs twice. SAEDashboard drops repeated and short texts
+      and all that is behind the first window.
+    - A sequence is shown whole. SAEDashboard cuts the first token off, also where it is no BOS.
+    - The strongest and the sampled are sequences, each once, and only such as the feature fires on. SAEDashboard takes
+      tokens, and fills up with silent ones; Neuronpedia folds the repetitions away.
+    - An interval's sample is of sequences whose maximum lies in it, where the page would move them.
+    - Activations that are all equal make a histogram that begins at 0; SAEDashboard's bins have no width then.
+    - Correlated features are sought among all features, not among the 128 of a batch, and only positive correlations
+      count. A feature that never fires has neither those nor correlated neurons.
+    - The model is used as it was given. SAEDashboard's centres what layers write into the residual stream, where the
+      norm is a layer norm; and it does not take logits from their mean where the model caps them.
+    - Numbers are not rounded.
 
     Memory beside model and SAE (a folded copy of which is made where it can be): 8 bytes x d_sae x d_in for the
     correlations with neurons, twice while parts are merged; the codes of one block of `block_texts` texts; about 40
