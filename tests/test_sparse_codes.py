@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sae_lens.saes.sae import SAEMetadata
 from transformers import Gemma3ForCausalLM
 
-from sae_emotion_plugin import code_files, sparse_codes
+from sae_emotion_plugin import code_files, models, sparse_codes
 from sae_emotion_plugin.activations import activation_batches, canonical_hook
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.models import load_model
@@ -589,6 +589,21 @@ def test_an_sae_of_another_width_is_refused_with_both_widths(name: str, request:
     message = f"the SAE reads 24 dimensions, the model has {D_MODEL} at {HOOK}"
     with pytest.raises(ValueError, match=message):
         encode_texts(request.getfixturevalue(name), make_sae(d_in=24), TEXTS)
+
+
+def test_an_sae_of_another_model_is_warned_of_once_and_an_unknown_name_is_not(
+    bridge: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(models, "_warned", set())
+    monkeypatch.setattr(models, "model_identity", lambda model: {"name": "google/gemma-3-270m"})
+    for trained_on in ("gemma-3-270m", "my/own-model", "gpt2-small", "gpt2", ""):
+        sae = make_sae()
+        sae.cfg.metadata.model_name = trained_on
+        checked_hook(bridge, sae)
+    (record,) = caplog.records
+    assert record.message == (
+        "the SAE was trained on gpt2, the model is google/gemma-3-270m: its features may mean something else"
+    )
 
 
 def test_a_transcoder_is_refused_with_both_its_hooks(bridge: Any) -> None:
