@@ -66,6 +66,11 @@ class LoopSettings:
     measure_steps: int = 0
     """Steps between calls of `measure`; 0 for none."""
 
+    def __post_init__(self) -> None:
+        for name, least in (("log_steps", 1), ("checkpoint_steps", 1), ("measure_steps", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)} is below {least}")
+
 
 @dataclass(frozen=True)
 class Training:
@@ -136,8 +141,9 @@ def fit(
                 if due and settings.resampling is not None:
                     counters["resampled"] += _resampled(trainer, settings.resampling, settings.seed, sample, result)
                 bar.update()
-                if _is_logged(step, settings):
-                    point = _point(trainer, result, settings, measure)
+                measured = measure if _is_measured(step, settings) else None
+                if _is_logged(step, settings) or measured is not None:
+                    point = _point(trainer, result, settings, measured)
                     bar.set_postfix({name: f"{point[name]:.3g}" for name in ("loss", "fvu", "l0", "dead")})
                     curve.add(point)
                     for log in loggers:
@@ -162,6 +168,10 @@ def fit(
 
 def _is_logged(step: int, settings: LoopSettings) -> bool:
     return step % settings.log_steps == 0 or step in (1, settings.step.steps)
+
+
+def _is_measured(step: int, settings: LoopSettings) -> bool:
+    return bool(settings.measure_steps) and (step % settings.measure_steps == 0 or step == settings.step.steps)
 
 
 def _resampled(
@@ -203,6 +213,6 @@ def _point(
     every = settings.log_steps * max(1, math.ceil(steps / 10 / settings.log_steps))
     if step % every == 0 or step in (1, steps):
         point |= decoder_cosines(trainer.sae.W_dec.detach()).summary()
-    if measure is not None and settings.measure_steps and (step % settings.measure_steps == 0 or step == steps):
+    if measure is not None:
         point |= measure()
     return point

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_emotion_plugin.activation_store import ActivationStore, content_key
+from sae_emotion_plugin.activation_store import ActivationStore, content_key, prefetched
 from sae_emotion_plugin.recipes import TrainingRecipe
 from sae_emotion_plugin.training.loop import LoopSettings, fit
 from sae_emotion_plugin.training.resampling import Resampling
@@ -27,6 +27,7 @@ def fit_by_loop(
     measure: Callable[[Any], Mapping[str, float]] | None = None,
     measure_steps: int = 0,
     checkpoint_steps: int = 200,
+    device: str | torch.device = "cpu",
     open_loggers: Callable[[Path], Sequence[Callable[[Mapping[str, Any]], None]]] = lambda folder: (),
     progress: bool = True,
 ) -> Fitted:
@@ -41,13 +42,15 @@ def fit_by_loop(
     # SAELens draws the first weights from torch's global generator, which is the user's afterwards as it was before.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        sae = training_sae(recipe, sample.shape[1], sae_metadata(recipe, model_name))
+        # Drawn on the CPU: one seed gives one start, wherever it is trained.
+        sae = training_sae(recipe, sample.shape[1], sae_metadata(recipe, model_name)).to(torch.device(device))
     if layer_normed:
         sae.initialize_from(sample, recipe.seed)
     folder = work / f"checkpoints-{content_key(recipe.to_yaml(), store.key)}"
 
     def batches(first_step: int) -> Iterator[Float[Tensor, "token d_in"]]:
-        return (space.enter(batch) for batch in store.batches(recipe.batch_size, recipe.seed, first_step))
+        raw = store.batches(recipe.batch_size, recipe.seed, first_step)
+        return prefetched(space.enter(batch) for batch in raw)
 
     def draw(rng: np.random.Generator, n: int) -> Float[Tensor, "token d_in"]:
         return space.enter(store.rows(rng.choice(len(store), size=min(n, len(store)), replace=False)))
@@ -89,7 +92,7 @@ def training_sae(recipe: TrainingRecipe, d_in: int, metadata: Any) -> Any:
     common: dict[str, Any] = {"d_in": d_in, "d_sae": recipe.d_sae, "metadata": metadata}
     match recipe.architecture:
         case "openai-topk":
-            names = ("k", "aux_loss_coefficient", "k_aux", "multi_topk", "multi_topk_weight")
+            names = ("k", "aux_loss_coefficient", "k_aux", "multi_topk", "multi_topk_weight", "tied_init")
             return OpenAITopKTrainingSAE(OpenAITopKTrainingSAEConfig(**common, **recipe.values(*names)))
         case "relu-l1":
             names = ("l1_coefficient", "l1_warm_up_steps")

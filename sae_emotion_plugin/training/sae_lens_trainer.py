@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file
 
-from sae_emotion_plugin.activation_store import ActivationStore, content_key
+from sae_emotion_plugin.activation_store import ActivationStore, content_key, prefetched
 from sae_emotion_plugin.recipes import TrainingRecipe
 from sae_emotion_plugin.training.loop import FiniteBatches
 from sae_emotion_plugin.training.spaces import Fitted, finite_sample, sae_metadata, training_space
@@ -20,7 +20,13 @@ FROZEN_PARTS: dict[str | None, Literal["decoder", "encoder"]] = {
 }
 
 
-def fit_by_sae_lens(recipe: TrainingRecipe, store: ActivationStore, model_name: str, work: Path) -> Fitted:
+def fit_by_sae_lens(
+    recipe: TrainingRecipe,
+    store: ActivationStore,
+    model_name: str,
+    work: Path,
+    device: str | torch.device = "cpu",
+) -> Fitted:
     """The SAE of a `topk` recipe, trained from the last complete checkpoint in `work` if there is one."""
     from sae_lens import TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
@@ -44,7 +50,7 @@ def fit_by_sae_lens(recipe: TrainingRecipe, store: ActivationStore, model_name: 
     # SAELens draws the first weights from torch's global generator, which is the user's afterwards as it was before.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        sae = SparseStepTopKTrainingSAE(config, frozen=FROZEN_PARTS.get(recipe.reference))
+        sae = SparseStepTopKTrainingSAE(config, frozen=FROZEN_PARTS.get(recipe.reference)).to(torch.device(device))
     checkpoints = work / f"checkpoints-{content_key(recipe.to_yaml(), store.key)}"
     steps = recipe.number_of_steps(len(store))
     trainer_config = SAETrainerConfig(
@@ -55,6 +61,7 @@ def fit_by_sae_lens(recipe: TrainingRecipe, store: ActivationStore, model_name: 
         lr_decay_steps=int(steps * recipe.lr_decay_share),
         lr_end=0.0,
         dead_feature_window=max(1, recipe.dead_token_window // recipe.batch_size),
+        device=str(device),
         n_checkpoints=4,
         checkpoint_path=str(checkpoints),
     )
@@ -65,7 +72,7 @@ def fit_by_sae_lens(recipe: TrainingRecipe, store: ActivationStore, model_name: 
         save_checkpoint_fn=_mark_complete,
     )
     first_step = _resume(trainer, checkpoints, recipe.batch_size)
-    finite = FiniteBatches(store.batches(recipe.batch_size, recipe.seed, first_step))
+    finite = FiniteBatches(prefetched(store.batches(recipe.batch_size, recipe.seed, first_step)))
     trainer.data_provider = (space.enter(batch) for batch in finite)
     trainer.fit()
     record = {"steps": steps, "tokens": steps * recipe.batch_size, "resumed_at_step": first_step}
