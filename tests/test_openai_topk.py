@@ -143,6 +143,20 @@ def test_the_start_is_tied_and_set_by_the_data() -> None:
     torch.testing.assert_close(sae.W_dec.data.norm(dim=-1), torch.ones(D_SAE))
 
 
+def test_without_a_tied_start_the_encoder_points_elsewhere_and_is_as_long() -> None:
+    made: list[torch.Tensor] = []
+    for tied in (True, False):
+        torch.manual_seed(0)
+        sae = OpenAITopKTrainingSAE(OpenAITopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=K, tied_init=tied))
+        made.append(sae.W_dec.data.clone())
+        torch.testing.assert_close(sae.W_enc.data.norm(dim=0), torch.ones(D_SAE))
+        sae.initialize_from(data(500))
+    assert torch.equal(made[0], made[1]) and sae.W_enc.data.T.is_contiguous()
+    cosines = torch.nn.functional.cosine_similarity(sae.W_enc.data.T, sae.W_dec.data)
+    # Of random directions in 12 dimensions: mean 0, deviation 1 / sqrt(12).
+    assert abs(float(cosines.mean())) < 0.15 and 0.2 < float(cosines.std()) < 0.4
+
+
 def test_the_geometric_median_minimises_the_distances_and_shrugs_off_an_outlier() -> None:
     points = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
     points[0] = 1e4

@@ -257,10 +257,18 @@ def test_a_loss_that_is_no_number_is_divergence_and_a_heavy_penalty_is_named() -
 
 def test_figures_that_need_a_model_are_measured_when_asked(tmp_path: Path) -> None:
     seen: list[Any] = []
-    settings = replace(SETTINGS, measure_steps=20)
+    settings = replace(SETTINGS, measure_steps=16)  # not in step with log_steps, 10
     _, training = run("openai-topk", tmp_path, settings, measure=lambda: {"loss_recovered": 0.5}, loggers=[seen.append])
-    assert [point["step"] for point in training.curve if "loss_recovered" in point] == [20, 36]
+    assert [point["step"] for point in training.curve if "loss_recovered" in point] == [16, 32, 36]
     assert seen == training.curve
+
+
+def test_intervals_of_no_steps_are_refused() -> None:
+    for name in ("log_steps", "checkpoint_steps"):
+        with pytest.raises(ValueError, match=f"{name} 0 is below 1"):
+            replace(SETTINGS, **{name: 0})
+    with pytest.raises(ValueError, match="measure_steps -5 is below 0"):
+        replace(SETTINGS, measure_steps=-5)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_former_ones(

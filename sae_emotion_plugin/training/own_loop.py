@@ -1,6 +1,5 @@
 """A recipe by the loop of this package: the SAE that its architecture names, its space, and its settings."""
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,16 @@ from torch import Tensor
 
 from sae_emotion_plugin.activation_store import ActivationStore, content_key, prefetched
 from sae_emotion_plugin.recipes import TrainingRecipe
-from sae_emotion_plugin.training.loop import LoopSettings, fit
+from sae_emotion_plugin.training.loop import LoopSettings, fit, usual_log_steps
 from sae_emotion_plugin.training.resampling import Resampling
-from sae_emotion_plugin.training.spaces import Fitted, TrainingSpace, finite_sample, sae_metadata, training_space
+from sae_emotion_plugin.training.spaces import (
+    Fitted,
+    TrainingSpace,
+    finite_sample,
+    inference_sae,
+    sae_metadata,
+    training_space,
+)
 from sae_emotion_plugin.training.steps import StepSettings
 
 
@@ -131,16 +137,7 @@ def loop_settings(
         ),
         resampling=resampling,
         seed=recipe.seed,
-        log_steps=max(1, min(50, steps // 20)),
+        log_steps=usual_log_steps(steps),
         checkpoint_steps=checkpoint_steps,
         measure_steps=measure_steps,
     )
-
-
-def inference_sae(fitted: Fitted) -> Any:
-    """What would be saved, as plain SAELens reads it."""
-    from sae_lens import SAE
-
-    with tempfile.TemporaryDirectory() as folder:
-        fitted.save(Path(folder))
-        return SAE.load_from_disk(folder)

@@ -43,13 +43,13 @@ def train(
     `out_dir` appears when it is complete. Two runs with one seed on one machine give equal weights. Runs that share a
     `work_dir` share the activations that they have in common. The SAE is trained on the model's device.
 
-    `topk` is trained by SAELens's trainer, the other architectures by the loop of this package, which also writes its
-    figures to `curve.jsonl` beside the checkpoints and into `provenance.json`.
+    `topk` is trained by SAELens's trainer, the other architectures by the loop of this package. Their figures go to
+    `curve.jsonl` beside the checkpoints and into `provenance.json`.
 
     Args:
         loss_tokens: the report's cross-entropies are measured on about this many tokens (see `evaluate`).
         measure_steps: the loss recovered is measured on held-out documents every so many steps; 0 for never.
-        checkpoint_steps: steps from one checkpoint to the next.
+        checkpoint_steps: steps from one checkpoint to the next; SAELens's trainer makes four in all.
         loggers: `tensorboard` or `wandb`, for the figures.
 
     Raises:
@@ -64,8 +64,6 @@ def train(
         raise ValueError(f"{recipe.name} is of random directions, which are not trained: train_references makes it")
     if recipe.reference == "shuffled-weights" and not getattr(model, SHUFFLED_MARK, False):
         raise ValueError(f"{recipe.name} reads a model with shuffled weights: train_references makes it")
-    if recipe.architecture == "topk" and (loggers or measure_steps):
-        raise ValueError("topk is trained by SAELens's trainer, without loggers and measure_steps")
     if checkpoint_steps < 1 or measure_steps < 0:
         raise ValueError(f"checkpoint_steps {checkpoint_steps} is below 1, or measure_steps {measure_steps} below 0")
     check_loggers(loggers)
@@ -82,21 +80,17 @@ def train(
         raise ValueError(f"{len(store)} tokens are fewer than one batch of {recipe.batch_size}: more texts are needed")
     begin_or_go_on(begun, settings)
     name = model_identity(model)["name"]
+    options: dict[str, Any] = {
+        "measure": _loss_recovered(model, held_out, loss_tokens) if measure_steps else None,
+        "measure_steps": measure_steps,
+        "device": model_device(model),
+        "open_loggers": lambda folder: open_loggers(loggers, folder, recipe.name, asdict(recipe)),
+    }
     if recipe.architecture == "topk":
-        fitted = fit_by_sae_lens(recipe, store, name, work, model_device(model))
+        fitted = fit_by_sae_lens(recipe, store, name, work, **options)
     else:
-        fitted = fit_by_loop(
-            recipe,
-            store,
-            name,
-            work,
-            measure=_loss_recovered(model, held_out, loss_tokens) if measure_steps else None,
-            measure_steps=measure_steps,
-            checkpoint_steps=checkpoint_steps,
-            device=model_device(model),
-            open_loggers=lambda folder: open_loggers(loggers, folder, recipe.name, asdict(recipe)),
-            progress=progress,
-        )
+        options |= {"checkpoint_steps": checkpoint_steps, "progress": progress}
+        fitted = fit_by_loop(recipe, store, name, work, **options)
     trained = write_dictionary(
         out_dir,
         recipe,
