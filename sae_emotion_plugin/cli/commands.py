@@ -169,7 +169,7 @@ def evidence(
     type=click.IntRange(1),
     default=200,
     show_default=True,
-    help="Steps from one checkpoint to the next.",
+    help="Steps from one checkpoint to the next; topk recipes make four in all.",
 )
 @click.option("--register", is_flag=True, help="Add the dictionary to your registry, to load it by name.")
 @json_option
