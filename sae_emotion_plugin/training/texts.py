@@ -84,6 +84,8 @@ def fetch(source: TextSource, path: Path) -> None:
         raise ValueError(
             f"the data set {source.dataset!r} cannot be reached ({type(error).__name__}: {first_line(error)}): {local}"
         ) from error
+    if not any(found):
+        raise ValueError(f"the data set {source.dataset!r} has no text in {', '.join(source.columns)}: {local}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in found if text)
