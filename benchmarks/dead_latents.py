@@ -89,17 +89,15 @@ def _arm(buffer: Buffer, arm: str, seed: int, loss_tokens: int) -> dict[str, Any
         seconds = time.perf_counter() - started
         fitted.save(folder)
         report = buffer.report(folder, buffer.held_out, loss_tokens)
-        curve = [
-            {name: point.get(name) for name in ("step", "fvu", "dead", "cosine_mean")}
-            for point in fitted.record["curve"]
-        ]
+        # The points that have the cosines, about ten of them.
+        points = [point for point in fitted.record["curve"] if "cosine_mean" in point]
         return {
             "dead_share": fitted.record["dead"] / recipe.d_sae,
             "dead_held_out_share": report["dead"] / recipe.d_sae,
             **{name: report[name] for name in SHOWN},
             "held_out_tokens": report["n_tokens"],
             "seconds_since_last_start": round(seconds, 1),
-            "curve": curve,
+            "curve": [{name: point[name] for name in ("step", "fvu", "dead", "cosine_mean")} for point in points],
         }
 
     name = "-".join(

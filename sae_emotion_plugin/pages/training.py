@@ -114,7 +114,8 @@ def _panel(title: str, columns: Sequence[str], curve: Points) -> Panel | None:
     null = null if columns[0] == "cosine_mean" else None
     logarithmic = columns[0] == "loss" and low > 1e-3 and high > SPREAD * low
     if not logarithmic:
-        low, high = min(0.0, low), max(high, null or 0.0) * 1.05 or 1.0
+        # Room for the words above the line of random rows.
+        low, high = min(0.0, low), max(high * 1.05, (null or 0.0) * 1.4) or 1.0
     return Panel(
         title,
         series,
