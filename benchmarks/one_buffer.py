@@ -10,7 +10,6 @@ import numpy as np
 from sae_lens import SAE
 
 from sae_emotion_plugin.activation_store import ActivationStore, collect
-from sae_emotion_plugin.activations import tokenize
 from sae_emotion_plugin.evaluation import evaluate
 from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.models import load_model, model_identity
@@ -19,6 +18,7 @@ from sae_emotion_plugin.training import recipe_documents
 from sae_emotion_plugin.training.own_loop import fit_by_loop
 from sae_emotion_plugin.training.sae_lens_trainer import fit_by_sae_lens
 from sae_emotion_plugin.training.spaces import Fitted
+from sae_emotion_plugin.training.texts import first_tokens
 
 
 @dataclass(frozen=True)
@@ -68,21 +68,13 @@ def open_buffer(
     model = load_model(recipe.model) if model is None else model
     training, others, _ = recipe_documents(recipe, model, texts)
     if tokens is not None:
-        training = _first(recipe, model, training, tokens)
+        training = first_tokens(model, training, tokens)
     work.mkdir(parents=True, exist_ok=True)
     store = collect(recipe, model, training, work)
+    if tokens is not None and len(store) < tokens:
+        raise ValueError(f"the texts have {len(store)} tokens, fewer than {tokens}")
     if recipe.steps is None:
         passes = (tokens or len(store)) / recipe.batch_size * (recipe.epochs or 1.0)
         recipe = replace(recipe, epochs=None, steps=max(1, int(passes)))
     chosen = np.linspace(0, len(others) - 1, min(held_out, len(others))).round().astype(int)
     return Buffer(recipe, model, store, [others[i] for i in chosen], work)
-
-
-def _first(recipe: TrainingRecipe, model: Any, texts: list[str], tokens: int) -> list[str]:
-    counts = np.zeros(len(texts), dtype=np.int64)
-    for window in tokenize(model, texts, context_size=recipe.context_size):
-        counts[window.text_index] += len(window.token_ids) - window.bos
-    total = counts.cumsum()
-    if total[-1] < tokens:
-        raise ValueError(f"the texts have {total[-1]} tokens, fewer than {tokens}")
-    return texts[: int(np.searchsorted(total, tokens)) + 1]

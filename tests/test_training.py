@@ -224,6 +224,16 @@ def test_a_source_gives_the_tokens_asked_for_and_no_more_texts(bridge: Any, root
     assert 50 <= sum(lengths) < 50 + 12 and len(held_out) == 8
 
 
+def test_the_first_tokens_are_the_same_however_many_texts_are_read_at_a_time(
+    bridge: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["he is", "such a joy", "sad", "w1 w2 w3 w4", "fear"]  # 2, 5, 6, 10 and 11 tokens
+    for block in (1, 2, 3, 512):
+        monkeypatch.setattr(training.texts, "BLOCK", block)
+        kept = [len(training.texts.first_tokens(bridge, texts, tokens)) for tokens in (1, 2, 3, 5, 6, 7, 11, 99)]
+        assert kept == [1, 1, 2, 2, 3, 4, 5, 5]
+
+
 def test_a_source_with_one_document_cannot_keep_one_for_the_report(bridge: Any, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("he is joy")
     with pytest.raises(ValueError, match=r"one\.txt has 1 documents, too few to keep one for the report"):
