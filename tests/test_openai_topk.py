@@ -241,7 +241,7 @@ def test_both_train_under_sae_lens_s_runner_from_a_model_and_texts(hooked_transf
                 train_batch_size_tokens=128,
                 context_size=16,
                 store_batch_size_prompts=8,
-                n_batches_in_buffer=4,
+                n_batches_in_buffer=32,
                 n_eval_batches=1,
                 lr=3e-3,
                 output_path=str(out),
