@@ -51,7 +51,8 @@ def main() -> None:
 
     variants, amounts = [], {}
     for emotion in options.emotions:
-        best = [row.feature for row in steering_order(model, sae, scores.top(emotion, 10), progress=False)[:3]]
+        candidates = [row.feature for row in scores.top(emotion, 10)]
+        best = list(steering_order(model, sae, emotion, candidates, progress=False)[:3])
         own = largest[texts.label_matrix([emotion])[:, 0]][:, best].toarray()
         # The text on which they fire most together stands for "a text of the emotion".
         real = dict(zip(best, map(float, own[own.sum(axis=1).argmax()]), strict=True))

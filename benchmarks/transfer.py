@@ -66,10 +66,8 @@ def main() -> None:
     dev = LabelledTexts.read(options.texts / "goemotions" / "dev.jsonl.gz").only_single_label()
     whole = LabelledTexts.read(options.texts / "goemotions" / "train.jsonl.gz").only_single_label()
     whole, _ = without_overlap(whole, dev)
-    # All are encoded, as for the features of the README, and then fewer are taken.
-    taken = np.sort(rng.permutation(len(whole))[: options.train])
-    train, codes = whole.select(taken), encoded(whole).select_texts(taken)
-    vectors = {pooling: values[taken] for pooling, values in dense(whole).items()}
+    train = whole.select(np.sort(rng.permutation(len(whole))[: options.train]))
+    codes, vectors = encoded(train), dense(train)
     xed = part("xed_en/train.jsonl.gz")
     scores, keywords = chosen(train, codes, dev), emotion_keywords(train, SHARED)
     methods, _ = compare_methods(codes, vectors, train, encoded(xed), dense(xed), xed, emotions=SHARED)

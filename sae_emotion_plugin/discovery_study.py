@@ -29,8 +29,8 @@ from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.pages.discovery import DiscoveryContent
 from sae_emotion_plugin.pages.discovery_charts import RocCurve
 from sae_emotion_plugin.pages.report_sections import highlighted_texts, score_distributions
-from sae_emotion_plugin.plugin import feature_url
 from sae_emotion_plugin.pooled_activations import pooled_activations
+from sae_emotion_plugin.registry import feature_url
 from sae_emotion_plugin.sparse_codes import Pooling, token_settings
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ def study(
             ),
         )
     labels = found.held_out.label_matrix(chosen)
-    links = {row.feature: feature_url(sae, row.feature) for row in scores.rows}
+    links = {row.feature: feature_url(sae.cfg.metadata.neuronpedia_id, row.feature) for row in scores.rows}
     content = DiscoveryContent(
         title=title,
         meta={**scores.meta, "left_out": left_out},

@@ -40,8 +40,8 @@ def openai_blob_loader(
 
     Raises FileNotFoundError or ValueError, as `downloads.download` and `read_openai_checkpoint` do.
     """
-    path = fetch_blob(repo_id, folder_name, force=force_download)
-    cfg, weights = openai_disk_loader(path, device, {**_metadata(repo_id, folder_name), **(cfg_overrides or {})})
+    path, metadata = _fetched(repo_id, folder_name, force=force_download)
+    cfg, weights = openai_disk_loader(path, device, {**metadata, **(cfg_overrides or {})})
     return cfg, weights, None
 
 
@@ -53,8 +53,8 @@ def openai_blob_config(
     cfg_overrides: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """SAELens's flat config of the OpenAI-format file `folder_name` in the blob container `repo_id`."""
-    path = fetch_blob(repo_id, folder_name, force=force_download)
-    return openai_disk_config(path, device, {**_metadata(repo_id, folder_name), **(cfg_overrides or {})})
+    path, metadata = _fetched(repo_id, folder_name, force=force_download)
+    return openai_disk_config(path, device, {**metadata, **(cfg_overrides or {})})
 
 
 def load_openai_url(url: str, *, device: str = "cpu", dtype: str = "float32") -> SAE:
@@ -64,7 +64,7 @@ def load_openai_url(url: str, *, device: str = "cpu", dtype: str = "float32") ->
     """
     place = _blob_place(url)
     if place is not None:
-        path, metadata = fetch_blob(*place), _metadata(*place)
+        path, metadata = _fetched(*place)
     else:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or Path(parts.path).suffix != ".pt":
@@ -74,8 +74,8 @@ def load_openai_url(url: str, *, device: str = "cpu", dtype: str = "float32") ->
     return load_openai_checkpoint(path, device=device, dtype=dtype, metadata=metadata)
 
 
-def fetch_blob(repo_id: str, file: str, *, force: bool = False) -> Path:
-    """Where the file of a blob container lies in the cache, downloaded if need be.
+def _fetched(repo_id: str, file: str, *, force: bool = False) -> tuple[Path, Mapping[str, Any]]:
+    """Where the file of a blob container lies in the cache, downloaded if need be, and what the registry knows of it.
 
     ``$SAE_EMOTION_OPENAI_URL`` replaces ``https://<account>.blob.core.windows.net``, for a mirror.
     """
@@ -84,14 +84,15 @@ def fetch_blob(repo_id: str, file: str, *, force: bool = False) -> Path:
     file = file if file.endswith(".pt") else f"{file}.pt"
     account, container = repo_id.split("/")
     base = os.environ.get(URL_VARIABLE, "").rstrip("/") or f"https://{account}{_HOST}"
-    entry, _ = _entry(repo_id, file) or (None, None)
-    return download(
+    metadata, expected_sha256 = _known(repo_id, file)
+    path = download(
         f"{base}/{container}/{file}",
         cache_folder() / "downloads" / repo_id / file,
-        expected_sha256=entry.provenance.sha256.get(file) if entry else None,
+        expected_sha256=expected_sha256,
         check=_check_structure,
         force=force,
     )
+    return path, metadata
 
 
 def _check_structure(path: Path) -> None:
@@ -108,19 +109,13 @@ def _blob_place(url: str) -> tuple[str, str] | None:
     return (f"{at[1] or at[2]}/{at[3]}", at[4]) if at else None
 
 
-def _entry(repo_id: str, file: str) -> tuple[registry.RegistryEntry, registry.SaeRecord] | None:
+def _known(repo_id: str, file: str) -> tuple[Mapping[str, Any], str | None]:
+    """Metadata and SHA-256 of a blob that a release of the registry names."""
     for entry in registry.entries():
         if entry.repo_id == repo_id and entry.conversion_func == BLOB_LOADER:
             for sae in entry.saes:
                 if sae.path == file:
-                    return entry, sae
-    return None
-
-
-def _metadata(repo_id: str, file: str) -> Mapping[str, Any]:
-    found = _entry(repo_id, file)
-    if found is None:
-        return {}
-    entry, sae = found
-    own = {} if sae.neuronpedia is None else {"neuronpedia_id": sae.neuronpedia}
-    return {**entry.config_overrides, "hook_name": sae.id, **own}
+                    own = {} if sae.neuronpedia is None else {"neuronpedia_id": sae.neuronpedia}
+                    metadata = {**entry.config_overrides, "hook_name": sae.id, **own}
+                    return metadata, entry.provenance.sha256.get(file)
+    return {}, None

@@ -74,11 +74,8 @@ class OpenAITopKSAE(TopKSAE):
         self._last = _LastStatistics()
 
     def run_time_activation_norm_fn_in(self, x: Tensor) -> Tensor:
-        mean = x.mean(dim=-1, keepdim=True)
-        x = x - mean
-        std = x.std(dim=-1, keepdim=True)
-        self._last.stats = InputStatistics(mean, std)
-        return x / (std + EPS)
+        self._last.stats = stats = _statistics(x)
+        return (x - stats.mean) / (stats.std + EPS)
 
     def run_time_activation_norm_fn_out(self, x: Tensor) -> Tensor:
         stats = self._last.stats
@@ -98,9 +95,7 @@ class OpenAITopKSAE(TopKSAE):
 
     def input_statistics(self, x: Float[Tensor, "*batch d_in"]) -> InputStatistics:
         """The mean and standard deviation that `encode(x)` takes out, for `decode(codes, stats=...)`."""
-        x = self.reshape_fn_in(x.to(self.dtype))
-        mean = x.mean(dim=-1, keepdim=True)
-        return InputStatistics(mean, (x - mean).std(dim=-1, keepdim=True))
+        return _statistics(self.reshape_fn_in(x.to(self.dtype)))
 
     def decode(self, feature_acts: Tensor, stats: tuple[Tensor, Tensor] | Mapping[str, Tensor] | None = None) -> Tensor:
         """The reconstruction of `feature_acts` in the scale of the input.
@@ -155,6 +150,11 @@ def repeatable_decode(sae: SAE) -> SAE:
     ours = OpenAITopKSAE(cfg)
     ours.load_state_dict(sae.state_dict(), assign=True)
     return ours.to(device=sae.device)
+
+
+def _statistics(x: Tensor) -> InputStatistics:
+    mean = x.mean(dim=-1, keepdim=True)
+    return InputStatistics(mean, (x - mean).std(dim=-1, keepdim=True))  # centred first: SAELens's bits
 
 
 def _checked_statistics(stats: tuple[Tensor, Tensor] | Mapping[str, Tensor]) -> InputStatistics:

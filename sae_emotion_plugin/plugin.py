@@ -88,14 +88,6 @@ def load_dictionary(
         return _at_layer(str(source), _checked(str(source), _load(source, device, dtype)), layer)
 
 
-def feature_url(sae: SAE, feature: int) -> str | None:
-    """The feature's page on Neuronpedia, where the SAE's metadata name its set there (`gpt2-small/8-res-jb`)."""
-    found = sae.cfg.metadata.neuronpedia_id
-    if not isinstance(found, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", found):
-        return None
-    return f"https://www.neuronpedia.org/{found}/{feature}"
-
-
 def registry_loader(
     repo_id: str,
     folder_name: str,

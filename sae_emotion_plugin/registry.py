@@ -123,6 +123,13 @@ class RegistryEntry:
             raise ValueError(f"release {self.release!r} has the id {duplicates[0]!r} twice; ids are unique")
 
 
+def feature_url(neuronpedia: object, feature: int) -> str | None:
+    """The feature's page on Neuronpedia; None where `neuronpedia` names no set there (`gpt2-small/8-res-jb` does)."""
+    if not isinstance(neuronpedia, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", neuronpedia):
+        return None
+    return f"https://www.neuronpedia.org/{neuronpedia}/{feature}"
+
+
 def packaged_folder() -> Path:
     """The folder of the releases that are installed with the plugin."""
     try:

@@ -253,8 +253,8 @@ def _discovered(
         scores = FeatureScores.load(recipe.scores)
     if scores is None:
         scores = discover(model, sae, LabelledTexts.bundled("en"), top=CONSIDERED, progress=progress).scores
-    best = steering_order(model, sae, scores.top(emotion, CONSIDERED), progress=progress)
-    return tuple(row.feature for row in best[: recipe.features_used])
+    candidates = [row.feature for row in scores.top(emotion, CONSIDERED)]
+    return steering_order(model, sae, emotion, candidates, progress=progress)[: recipe.features_used]
 
 
 def _plan(recipe: StudyRecipe, sae: Any, features: Sequence[int], norm: float | None) -> SteeringPlan:

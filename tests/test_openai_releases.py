@@ -14,14 +14,20 @@ from reference_openai import encode_and_reconstruct
 from sae_lens import SAE
 from sae_lens.loading import pretrained_sae_loaders as loaders
 from sae_lens.loading import pretrained_saes_directory as directory
-from test_openai_format import checkpoint, inputs, saved
+from test_openai_format import D_IN, checkpoint, inputs, saved
+from transformers import GPT2Config, GPT2LMHeadModel
 
+import sae_emotion_plugin
 from sae_emotion_plugin import downloads, openai_releases, registry
+from sae_emotion_plugin.activations import canonical_hook
+from sae_emotion_plugin.models import load_model
 from sae_emotion_plugin.openai_format import load_openai_checkpoint
 from sae_emotion_plugin.openai_releases import openai_blob_loader
-from sae_emotion_plugin.plugin import feature_url, load_dictionary, register
+from sae_emotion_plugin.plugin import load_dictionary, register
+from sae_emotion_plugin.registry import feature_url
 
 REGISTRY = Path(__file__).parents[1] / "registry"
+README = REGISTRY.parent / "README.md"
 VERSIONS = {"v1": "", "v4": "_v4", "v5_32k": "_v5_32k", "v5_128k": "_v5_128k"}
 HOOKS = {
     "mlp_post_act": "mlp.hook_post",
@@ -96,7 +102,10 @@ def check(sae: SAE) -> None:
     metadata = sae.cfg.metadata
     assert (metadata.hook_name, metadata.model_name, metadata.context_size) == (SAE_ID, "gpt2-small", 64)
     assert (metadata.prepend_bos, metadata.model_from_pretrained_kwargs) == (False, {"center_writing_weights": False})
-    assert feature_url(sae, 62556) == "https://www.neuronpedia.org/gpt2-small/8-res_post_128k-oai/62556"
+    assert (
+        feature_url(sae.cfg.metadata.neuronpedia_id, 62556)
+        == "https://www.neuronpedia.org/gpt2-small/8-res_post_128k-oai/62556"
+    )
 
 
 @pytest.mark.filterwarnings(r"ignore:\s*This SAE has non-empty model_from_pretrained_kwargs")
@@ -109,6 +118,23 @@ def test_plain_sae_lens_loads_a_release_by_name_and_a_second_time_without_a_netw
     config = loaders.load_sae_config_from_huggingface(RELEASE, SAE_ID)
     assert config["metadata"]["hook_name"] == SAE_ID and config["d_sae"] == 40
     assert len(server.asked) == 1
+
+
+def test_the_readme_example_prints_the_features_of_three_sentences(server, word_tokenizer, monkeypatch, capsys):
+    # Nine layers of a random GPT-2 as wide as the small file.
+    config = GPT2Config(
+        vocab_size=len(word_tokenizer), n_embd=D_IN, n_layer=9, n_head=2, architectures=["GPT2LMHeadModel"]
+    )
+    model = load_model(GPT2LMHeadModel(config).eval(), tokenizer=word_tokenizer)
+    monkeypatch.setattr(sae_emotion_plugin, "load_model", lambda name: {"gpt2": model}[name])
+    section = README.read_text().split("## OpenAI's dictionaries")[1]
+    (example,) = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" [")[0] for line in lines] == ["he is such a good person", "he is such a fool", "i hate you"]
+    _, cache = model.run_with_cache(model.to_tokens("i hate you", prepend_bos=False))
+    codes, _ = encode_and_reconstruct(checkpoint("TopK"), cache[canonical_hook(model, SAE_ID)][0, -1:].detach())
+    assert json.loads(f"[{lines[2].split(' [')[1]}") == codes[0].topk(5).indices.tolist()
 
 
 @pytest.mark.filterwarnings(r"ignore:\s*This SAE has non-empty model_from_pretrained_kwargs")

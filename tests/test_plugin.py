@@ -23,8 +23,8 @@ from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup, get_
 from safetensors.torch import save_file
 
 from sae_emotion_plugin import openai_format, plugin, registry
-from sae_emotion_plugin.plugin import feature_url, load_dictionary, register
-from sae_emotion_plugin.registry import Provenance, RegistryEntry, SaeRecord
+from sae_emotion_plugin.plugin import load_dictionary, register
+from sae_emotion_plugin.registry import Provenance, RegistryEntry, SaeRecord, feature_url
 
 RELEASE, SAE_ID = "tiny-emotion", "blocks.1.hook_resid_post"
 D_IN, D_SAE = 6, 20
@@ -411,10 +411,13 @@ def test_a_layer_that_does_not_fit_is_refused_with_what_there_is(folder):
 def test_a_feature_without_a_page_on_neuronpedia_has_no_link(found):
     sae = topk_sae()
     sae.cfg.metadata.neuronpedia_id = found
-    assert feature_url(sae, 3) is None
+    assert feature_url(sae.cfg.metadata.neuronpedia_id, 3) is None
 
 
 def test_a_feature_links_to_its_page_on_neuronpedia():
     sae = topk_sae()
     sae.cfg.metadata.neuronpedia_id = "gpt2-small/8-res_post_128k-oai"
-    assert feature_url(sae, 62556) == "https://www.neuronpedia.org/gpt2-small/8-res_post_128k-oai/62556"
+    assert (
+        feature_url(sae.cfg.metadata.neuronpedia_id, 62556)
+        == "https://www.neuronpedia.org/gpt2-small/8-res_post_128k-oai/62556"
+    )

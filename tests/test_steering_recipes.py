@@ -63,13 +63,12 @@ def test_the_studies_that_come_with_the_package_are_valid() -> None:
     assert (embedded.model, embedded.emotion, embedded.features) == ("embedded", "anger", ())
 
 
-def test_gpt2s_dictionary_is_one_that_saelens_knows() -> None:
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+def test_gpt2s_dictionary_is_openais_own_file() -> None:
+    from sae_emotion_plugin import registry
 
-    release, _, sae_id = StudyRecipe.read(RECIPES / "blog-gpt2.yaml").dictionary.partition(":")
-    known = get_pretrained_saes_directory()[release]
-    assert known.saes_map[sae_id].startswith("v5_128k_layer_8")
-    assert sae_id == "blocks.8.hook_resid_post"
+    entry, sae = registry.find(StudyRecipe.read(RECIPES / "blog-gpt2.yaml").dictionary)
+    assert entry.repo_id == "openaipublic/sparse-autoencoder" and sae.id == "blocks.8.hook_resid_post"
+    assert sae.path == "gpt2-small/resid_post_mlp_v5_128k/autoencoders/8.pt"
 
 
 def test_a_study_is_found_by_its_name() -> None:
@@ -189,13 +188,14 @@ def test_the_features_come_from_a_scores_file_in_their_causal_order(
     rows = [FeatureScore("joy", feature, 0.9, None, 0.0, 0.0, 1.0, 0.0) for feature in (3, JOY, 11, 20)]
     scores = FeatureScores({}, tuple(rows))
     scores.save(tmp_path / "scores.json")
-    wanted = steering_recipes.steering_order(bridge, planted_sae, scores.rows, progress=False)
+    candidates = [row.feature for row in rows]
+    wanted = steering_recipes.steering_order(bridge, planted_sae, "joy", candidates, progress=False)
     recipe = recipe_of(
         tmp_path, features=None, emotion="joy", scores="scores.json", features_used=2, prompts=["w3"], temperatures=[0]
     )
     for given in (None, scores):
         study = run_study(recipe, model=bridge, sae=planted_sae, scores=given, progress=False)
-        assert study.meta["features"] == [row.feature for row in wanted[:2]]
+        assert study.meta["features"] == list(wanted[:2])
         assert study.meta["features_from"] == "scores for joy"
     with pytest.raises(FileNotFoundError, match="no scores file"):
         run_study(replace(recipe, scores=str(tmp_path / "none.json")), model=bridge, sae=planted_sae, progress=False)
@@ -214,7 +214,9 @@ def test_without_scores_the_bundled_corpus_is_searched(
         return type("Found", (), {"scores": FeatureScores({}, (row,))})
 
     monkeypatch.setattr(steering_recipes, "discover", discover)
-    monkeypatch.setattr(steering_recipes, "steering_order", lambda model, sae, rows, progress: rows)
+    monkeypatch.setattr(
+        steering_recipes, "steering_order", lambda model, sae, emotion, features, progress: tuple(features)
+    )
     recipe = recipe_of(tmp_path, features=None, emotion="joy", prompts=["w3"], temperatures=[0])
     assert run_study(recipe, model=bridge, sae=planted_sae, progress=False).meta["features"] == [JOY]
     assert seen == [448]

@@ -1,7 +1,5 @@
-"""Training SAE classes that SAELens lacks; what they save is plain SAELens.
-
-`SparseStepTopKTrainingSAE` is SAELens's TopK training SAE with the same loss and gradients, computed through the k
-active features of each token instead of through dense `[token, d_sae]` products.
+"""SAELens's TopK training SAE with the same loss and gradients, computed through the k active features of each token
+instead of through dense `[token, d_sae]` products; one of its sides may stay frozen.
 """
 
 from typing import Any, Literal

@@ -119,11 +119,12 @@ def steer(
     if save_plan:
         check_folder(save_plan)
     opened = _gate(gate) if gate else None
-    candidates = ()
+    candidates: tuple[int, ...] = ()
     if scores is not None and emotion:
         from sae_emotion_plugin.discovery.scores import FeatureScores
 
-        candidates = FeatureScores.load(scores).top(emotion, max(features_used, 20 if rank == "causal" else 1))
+        best = FeatureScores.load(scores).top(emotion, max(features_used, 20 if rank == "causal" else 1))
+        candidates = tuple(row.feature for row in best)
 
     from sae_emotion_plugin.interventions.plans import SteeringPlan
     from sae_emotion_plugin.models import load_model
@@ -132,13 +133,13 @@ def steer(
     given = SteeringPlan.load(plan_file) if plan_file else None
     sae = load_dictionary(dictionary)
     hooked = load_model(model)
-    if candidates:
+    if emotion and candidates:
         if rank == "causal":
             from sae_emotion_plugin.feature_roles.output_scores import steering_order
 
-            candidates = steering_order(hooked, sae, candidates)
-        best = candidates[:features_used]
-        amounts = {row.feature: amount / len(best) for row in best}
+            candidates = steering_order(hooked, sae, emotion, candidates)
+        used = candidates[:features_used]
+        amounts = {feature: amount / len(used) for feature in used}
     if sweep and emotion:
         _sweep(hooked, sae, emotion, list(amounts), sweep, openings, seeds, temperature or 0.7, tokens, as_json)
         return

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from sae_emotion_plugin.dashboards.types import FeatureDashboard
     from sae_emotion_plugin.feature_labels import FeatureLabel
 
-LINKED = "https://www.neuronpedia.org/{}/{}"
-
 
 @click.command()
 @click.argument("dictionary")
@@ -43,6 +41,7 @@ def view(dictionary: str, out: Path, label_files: tuple[Path, ...], dashboard_fo
     """
     from sae_emotion_plugin.files import check_folder
     from sae_emotion_plugin.pages.browser import write_browser
+    from sae_emotion_plugin.registry import feature_url
 
     check_folder(out)
     labels, neuronpedia = _labels(dictionary, label_files)
@@ -54,7 +53,7 @@ def view(dictionary: str, out: Path, label_files: tuple[Path, ...], dashboard_fo
         shown,
         title=dictionary,
         meta={"dictionary": dictionary, "labels by": sorted({one.author for one in labels if one.author}), **meta},
-        links={feature: LINKED.format(neuronpedia, feature) for feature in features} if neuronpedia else None,
+        links={feature: url for feature in features if (url := feature_url(neuronpedia, feature))},
     )
     click.echo(f"{len(features)} labelled {'feature' if len(features) == 1 else 'features'}: {out.resolve()}")
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_emotion_plugin.activations import HookedModel, TokenWindow, mean_norm, model_device, tokenize
-from sae_emotion_plugin.discovery.scores import FeatureScore
 from sae_emotion_plugin.emotion_texts import openings
 from sae_emotion_plugin.generation.likelihoods import LOGIT_ENTRIES, backing_off, keeps_logits
 from sae_emotion_plugin.interventions.hooks import row_steering
@@ -237,31 +236,25 @@ def emotion_words() -> dict[str, tuple[str, ...]]:
 def steering_order(
     model: HookedModel,
     sae: Any,
-    candidates: Sequence[FeatureScore],
+    emotion: str,
+    features: Sequence[int],
     *,
     prompts: Sequence[str] | None = None,
     progress: bool = True,
-) -> tuple[FeatureScore, ...]:
-    """The candidates, rows of one emotion, by their causal score for it, the best to steer with first.
+) -> tuple[int, ...]:
+    """The features by their causal score for the emotion, the best to steer with first.
 
     Of AUROC, output score, delta confidence, KL and this score, it alone predicted the success of steering beyond doubt
-    (`benchmarks/steering_prediction.py`), and weakly: try what comes first, and look. ValueError for candidates of
-    several emotions, an emotion without words in `EMOTION_WORDS`, and what `output_scores` refuses.
+    (`benchmarks/steering_prediction.py`), and weakly: try what comes first, and look. ValueError for an emotion without
+    words in `EMOTION_WORDS`, and what `output_scores` refuses.
     """
-    emotions = list(dict.fromkeys(row.emotion for row in candidates))
-    if len(emotions) != 1 or emotions[0] not in EMOTION_WORDS:
+    if emotion not in EMOTION_WORDS:
         valid = f"one of {', '.join(EMOTION_WORDS)}; rank any other by AUROC, `--rank auroc`"
-        raise ValueError(f"no causal score for {', '.join(emotions)} (valid: {valid})")
-    words = {emotions[0]: EMOTION_WORDS[emotions[0]].split()}
-    found = output_scores(
-        *(model, sae, [row.feature for row in candidates]),
-        prompts=prompts,
-        amount=CAUSAL_AMOUNT,
-        words=words,
-        progress=progress,
-    )
-    causal = {row.feature: row.causal[emotions[0]] for row in found.rows}
-    return tuple(sorted(candidates, key=lambda row: -causal[row.feature]))
+        raise ValueError(f"no causal score for {emotion} (valid: {valid})")
+    words = {emotion: EMOTION_WORDS[emotion].split()}
+    found = output_scores(model, sae, features, prompts=prompts, amount=CAUSAL_AMOUNT, words=words, progress=progress)
+    causal = {row.feature: row.causal[emotion] for row in found.rows}
+    return tuple(sorted(features, key=lambda feature: -causal[feature]))
 
 
 SIGNED = {"positive": 1, "negative": -1}

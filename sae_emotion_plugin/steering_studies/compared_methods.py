@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Float
 
 from sae_emotion_plugin.activations import HookedModel, hook_layer, mean_norm
-from sae_emotion_plugin.discovery.scores import FeatureScore
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.feature_roles.output_scores import steering_order
 from sae_emotion_plugin.interventions.plans import Mode, SteeringPlan
@@ -229,9 +228,7 @@ def ranked_features(where: Setting, emotion: str, features: Sequence[int]) -> tu
     order = np.random.default_rng(where.seed).permutation(len(where.texts))[:RANKING_PROMPTS]
     words = [where.texts.texts[place].split() for place in order]
     beginnings = list(dict.fromkeys(" ".join(some[: max(1, len(some) // 2)]) for some in words))
-    candidates = [FeatureScore(emotion, int(feature), 0.5, None, 1.0, 1.0, 0.0, 0.0) for feature in features]
-    ranked = steering_order(where.model, where.sae, candidates, prompts=beginnings, progress=where.progress)
-    return tuple(row.feature for row in ranked)
+    return steering_order(where.model, where.sae, emotion, features, prompts=beginnings, progress=where.progress)
 
 
 def other_layer(hook_name: str) -> str:
