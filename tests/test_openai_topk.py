@@ -218,6 +218,7 @@ def test_it_trains_under_sae_lens_and_what_is_saved_is_a_plain_topk_sae(tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:Dataset is not tokenized")
+@pytest.mark.filterwarnings("ignore:(?s).*non-empty model_from_pretrained_kwargs")
 def test_both_train_under_sae_lens_s_runner_from_a_model_and_texts(hooked_transformer: Any, tmp_path: Path) -> None:
     register_architectures()
     rng = np.random.default_rng(0)
