@@ -53,6 +53,7 @@ def run(module: Any, texts: Path, *options: str, capsys: Any, monkeypatch: pytes
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_contrast_of_dead_latents_has_four_arms_that_are_trained_once(
     texts: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,6 +66,7 @@ def test_the_contrast_of_dead_latents_has_four_arms_that_are_trained_once(
     assert run(dead_latents, texts, *options, capsys=capsys, monkeypatch=monkeypatch) == found
 
 
+@pytest.mark.slow
 def test_trainers_are_compared_with_a_rate_chosen_on_other_documents(
     texts: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +96,7 @@ def test_sparsify_gets_the_batches_that_the_others_get(tmp_path: Path) -> None:
         assert torch.equal(batch, own)
 
 
+@pytest.mark.slow
 def test_the_blog_s_figures_stand_beside_ours(texts: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--steps", "210", "--hook", HOOK, "--l1", "0.1")
     found = run(blog_training, texts, *options, capsys=capsys, monkeypatch=monkeypatch)
