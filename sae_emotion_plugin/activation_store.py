@@ -6,9 +6,12 @@ the same model, hook and texts reads the same files.
 
 import hashlib
 import json
+import shutil
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +23,8 @@ from sae_emotion_plugin.activations import activation_batches, tokenize
 from sae_emotion_plugin.files import replacing
 from sae_emotion_plugin.models import weights_identity
 from sae_emotion_plugin.recipes import TrainingRecipe
+
+Item = TypeVar("Item")
 
 # About 80 MB of float32 activations a shard at 640 dimensions: what an interrupt can cost.
 SHARD_TOKENS = 32_768
@@ -59,15 +64,40 @@ class ActivationStore:
             epoch, offset = epoch + 1, 0
 
 
+def prefetched(items: Iterator[Item], ahead: int = 2) -> Iterator[Item]:
+    """The same items in the same order, read by a thread while those before are used; its errors come in their place.
+
+    Closing the iterator ends the thread.
+    """
+    end: Any = object()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    try:
+        waiting = deque(pool.submit(next, items, end) for _ in range(ahead))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(pool.submit(next, items, end))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def store_key(recipe: TrainingRecipe, model: Any, texts: list[str]) -> str:
+    """A hash of all that decides the activations: model, hook, windows and texts."""
+    return content_key(weights_identity(model), recipe.hook_name, _windows(recipe), texts)
+
+
+def _windows(recipe: TrainingRecipe) -> dict[str, Any]:
+    return {"context_size": recipe.context_size, "prepend_bos": True}
+
+
 def collect(recipe: TrainingRecipe, model: Any, texts: list[str], work: Path, progress: bool = True) -> ActivationStore:
     """The activations of all texts, a shard of texts at a time; shards that are in `work` already are kept.
 
     Raises:
-        ValueError: the model lacks the hook.
+        ValueError: the model lacks the hook, or the disk has no room for all of them.
     """
-    settings: dict[str, Any] = {"context_size": recipe.context_size, "prepend_bos": True}
+    settings = _windows(recipe)
     windows = tokenize(model, texts, **settings)
-    key = content_key(weights_identity(model), recipe.hook_name, settings, texts)
+    key = store_key(recipe, model, texts)
     folder = work / f"activations-{key}"
     folder.mkdir(exist_ok=True)
     lengths = np.bincount(
@@ -86,9 +116,20 @@ def collect(recipe: TrainingRecipe, model: Any, texts: list[str], work: Path, pr
             continue
         batches = activation_batches(model, [texts[i] for i in piece], recipe.hook_name, progress=False, **settings)
         vectors = torch.cat([batch.vectors.float().cpu() for batch in batches]).numpy()
+        _check_room(work, int(lengths[np.concatenate(pieces[index:])].sum()) * vectors[0].nbytes)
         with replacing(path) as partial, partial.open("wb") as file:
             np.save(file, vectors)
     return ActivationStore(paths, key)
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    """ValueError now rather than after an hour when the activations will not fit."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"the activations need another {needed / 1e9:.1f} GB in {folder}, and {free / 1e9:.1f} GB are free: choose "
+            f"a work folder on another disk, or fewer tokens"
+        )
 
 
 def content_key(*parts: Any) -> str:

@@ -1,6 +1,7 @@
 """An SAE, a model and texts -> `DictionaryReport`: what the reconstruction loses, and what the model loses by it."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,9 +60,9 @@ class DictionaryReport:
 
     @property
     def loss_recovered(self) -> float:
-        """Share of the cross-entropy that mean-ablation destroys and the reconstruction keeps."""
+        """Share of the cross-entropy that mean-ablation destroys and the reconstruction keeps; NaN if that is none."""
         destroyed = self.cross_entropy_mean_ablated - self.cross_entropy
-        return (self.cross_entropy_mean_ablated - self.cross_entropy_spliced) / destroyed
+        return (self.cross_entropy_mean_ablated - self.cross_entropy_spliced) / destroyed if destroyed else math.nan
 
     def to_pandas(self) -> "pandas.DataFrame":
         import pandas as pd

@@ -1,10 +1,11 @@
 """`TrainingRecipe`: one YAML file that decides a dictionary's weights, and the documents that it names. No torch."""
 
 import gzip
+import importlib.resources
 import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "k_aux": None,
         "multi_topk": 4,
         "multi_topk_weight": 1 / 8,
+        "tied_init": True,
         **_LOOP,
         "ema_decay": 0.999,
     },
@@ -131,6 +133,8 @@ class TrainingRecipe:
     """Multi-TopK rebuilds from this many times k features as well."""
     multi_topk_weight: float | None = None
     """Weight of Multi-TopK; 0 turns it off."""
+    tied_init: bool | None = None
+    """Start the encoder as the decoder's transpose; at random directions of its own otherwise."""
     l1_coefficient: float | None = None
     """Weight of the sum of a token's codes."""
     l1_warm_up_steps: int | None = None
@@ -172,6 +176,8 @@ class TrainingRecipe:
             raise ValueError(
                 f"unknown reference {self.reference!r} (valid: {', '.join(REFERENCES)} of a topk recipe, or none)"
             )
+        if self.d_sae < 2:
+            raise ValueError(f"d_sae {self.d_sae} is below 2")
         if self.k is not None and not 0 < self.k <= self.d_sae:
             raise ValueError(f"k {self.k} is not between 1 and d_sae {self.d_sae}")
         if not 0 < self.held_out_share < 1:
@@ -225,10 +231,14 @@ class TrainingRecipe:
 
     @classmethod
     def read(cls, path: str | Path) -> "TrainingRecipe":
-        """The recipe of a YAML file; unknown and missing keys are errors."""
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no such recipe: {path}")
+        """The recipe of a YAML file, or of the name of one that comes with the package, such as `openai-topk`.
+
+        Raises:
+            FileNotFoundError: neither a file nor such a name.
+            ValueError: no YAML, unknown or missing keys, values of the wrong kind.
+        """
+        # Studies lie beside the training recipes; a dictionary's width tells them apart.
+        path = recipe_file(path, lambda text: "\nd_sae:" in text)
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -247,6 +257,21 @@ class TrainingRecipe:
         data = {name: value for name, value in asdict(self).items() if value is not None}
         data["texts"] = [_short(source) for source in self.texts]
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110)
+
+
+def recipe_file(source: str | Path, is_kind: Callable[[str], bool]) -> Path:
+    """The file itself, or the packaged recipe of that name whose text is of the kind. FileNotFoundError for neither."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    try:
+        folder = Path(str(importlib.resources.files("sae_emotion_plugin._recipes")))
+    except ModuleNotFoundError:
+        folder = Path(__file__).parents[1] / "recipes"  # run from a checkout that is not installed
+    shipped = {one.stem: one for one in sorted(folder.glob("*.yaml")) if is_kind(one.read_text(encoding="utf-8"))}
+    if str(source) not in shipped:
+        raise FileNotFoundError(f"no such recipe: {source} (valid: a YAML file, or {', '.join(shipped)})")
+    return shipped[str(source)]
 
 
 def _source(given: dict[str, Any]) -> TextSource:
@@ -332,6 +357,7 @@ def _checked_value(value: Any, kind: Any, where: str) -> Any:
         int | None: ("a whole number", value is None or (number and isinstance(value, int))),
         str: ("text", isinstance(value, str)),
         str | None: ("text", isinstance(value, str | None)),
+        bool | None: ("true or false", isinstance(value, bool | None)),
     }
     if kind in valid and not valid[kind][1]:
         raise ValueError(f"{where} is {value!r} (valid: {valid[kind][0]})")

@@ -3,7 +3,6 @@
 These tables show what steered text looks like. A few lines of one prompt are a demonstration, not evidence.
 """
 
-import importlib.resources
 import itertools
 import math
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from sae_emotion_plugin.judges.judge import valence
 from sae_emotion_plugin.messages import first_line
 from sae_emotion_plugin.models import load_model, model_identity
 from sae_emotion_plugin.plugin import load_dictionary
-from sae_emotion_plugin.recipes import checked_fields
+from sae_emotion_plugin.recipes import checked_fields, recipe_file
 from sae_emotion_plugin.result_table import ResultTable
 from sae_emotion_plugin.sparse_codes import checked_hook, token_settings
 from sae_emotion_plugin.steering_studies.combinations import summed_length
@@ -108,7 +107,7 @@ class StudyRecipe:
             FileNotFoundError: neither a file nor such a name.
             ValueError: no YAML, unknown or missing keys, values of the wrong kind.
         """
-        path = _recipe_file(source)
+        path = recipe_file(source, lambda text: "\nprompts:" in text)
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -263,22 +262,6 @@ def _plan(recipe: StudyRecipe, sae: Any, features: Sequence[int], norm: float | 
     each = recipe.amount / (summed_length(sae, alike) if recipe.share == "sum" else 1.0)
     unit = "raw" if recipe.unit == "raw" else "residual_norm"
     return SteeringPlan.of(dict.fromkeys(features, each), sae, unit=unit, residual_norm=norm)
-
-
-def _recipe_file(source: str | Path) -> Path:
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    try:
-        folder = Path(str(importlib.resources.files("sae_emotion_plugin._recipes")))
-    except ModuleNotFoundError:
-        folder = Path(__file__).parents[1] / "recipes"  # run from a checkout that is not installed
-    # Training recipes lie beside the studies; a dictionary's width tells them apart.
-    studies = [one for one in sorted(folder.glob("blog-*.yaml")) if "\nd_sae:" not in one.read_text(encoding="utf-8")]
-    shipped = {one.stem: one for one in studies}
-    if str(source) not in shipped:
-        raise FileNotFoundError(f"no such recipe: {source} (valid: a YAML file, or {', '.join(shipped)})")
-    return shipped[str(source)]
 
 
 def _listed(value: Any, kind: type, where: str) -> tuple[Any, ...]:

@@ -1,6 +1,10 @@
-from collections.abc import Iterator
+import itertools
+import threading
+import time
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -8,7 +12,7 @@ import torch
 from conftest import HOOK, WORDS
 
 from sae_emotion_plugin import activation_store
-from sae_emotion_plugin.activation_store import ActivationStore, collect, content_key
+from sae_emotion_plugin.activation_store import ActivationStore, collect, content_key, prefetched
 from sae_emotion_plugin.activations import activation_batches
 from sae_emotion_plugin.recipes import TextSource, TrainingRecipe
 
@@ -96,3 +100,45 @@ def test_shards_that_are_there_are_kept_and_other_texts_get_their_own(
 def test_the_key_of_kept_things_tells_their_parts_apart() -> None:
     assert content_key("a", ["b"]) == content_key("a", ["b"])
     assert len({content_key("a", ["b"]), content_key(["a"], "b"), content_key("ab"), content_key("a", ["c"])}) == 4
+
+
+def test_prefetched_items_come_in_their_order_with_the_error_in_its_place() -> None:
+    def items() -> Iterator[int]:
+        yield from range(5)
+        raise ValueError("after five")
+
+    seen = []
+    with pytest.raises(ValueError, match="after five"):
+        for item in prefetched(items()):
+            seen.append(item)
+    assert seen == list(range(5))
+    assert list(prefetched(iter([]))) == [] and list(prefetched(iter([None, 1]), ahead=5)) == [None, 1]
+
+
+def test_items_are_read_ahead_but_not_far_and_no_thread_is_left() -> None:
+    read: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in itertools.count():
+            read.append(item)
+            yield item
+
+    before = threading.active_count()
+    found = prefetched(items(), ahead=2)
+    assert next(found) == 0 and next(found) == 1
+    while len(read) < 4:
+        time.sleep(0.001)
+    time.sleep(0.02)
+    assert read == [0, 1, 2, 3]
+    cast("Generator[int]", found).close()
+    assert threading.active_count() == before
+
+
+def test_activations_that_the_disk_has_no_room_for_are_refused_at_the_first_shard(
+    bridge: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activation_store, "SHARD_TOKENS", 50)
+    monkeypatch.setattr(activation_store.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(ValueError, match=r"need another 0\.0 GB in .* are free: choose a work folder on another disk"):
+        collect(RECIPE, bridge, ["he is such a joy"] * 30, tmp_path, progress=False)
+    assert not list(tmp_path.glob("*/*"))

@@ -3,7 +3,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from click.testing import CliRunner, Result
@@ -30,6 +30,7 @@ def test_the_choices_offered_are_those_that_the_library_has() -> None:
     from sae_emotion_plugin.activations import Pooling
     from sae_emotion_plugin.interventions.exports import FORMS
     from sae_emotion_plugin.interventions.plans import Mode, Unit
+    from sae_emotion_plugin.training.logs import LOGGERS
 
     def offered(command: str, option: str) -> tuple[str, ...]:
         (found,) = (one for one in main.commands[command].params if one.name == option)
@@ -38,6 +39,7 @@ def test_the_choices_offered_are_those_that_the_library_has() -> None:
     assert offered("steer", "mode") == get_args(Mode)
     assert offered("steer", "unit") == get_args(Unit)
     assert offered("export", "form") == FORMS
+    assert offered("train", "loggers") == tuple(LOGGERS)
     assert offered("discover", "pooling") == (*get_args(Pooling), "choose")
 
 
@@ -162,6 +164,31 @@ def test_train_refuses_a_recipe_with_an_unknown_key(tmp_path: Path) -> None:
     line = refused("train", str(tmp_path / "recipe.yaml"), str(tmp_path / "out"), "--texts", str(tmp_path))
     assert "colour" in line
     assert "lr_warm_up_steps" in line
+
+
+def test_train_hands_its_options_on_and_writes_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sae_emotion_plugin.recipes import TrainingRecipe
+
+    seen: list[Any] = []
+
+    def train(*arguments: Any, **options: Any) -> Any:
+        seen.append((arguments, options))
+        arguments[3].mkdir()
+        (arguments[3] / "report.json").write_text('{"fvu": 0.5}\n', encoding="utf-8")
+        return "trained"
+
+    monkeypatch.setattr("sae_emotion_plugin.training.train", train)
+    monkeypatch.setattr("sae_emotion_plugin.models.load_model", lambda name: f"model {name}")
+    monkeypatch.setattr("sae_emotion_plugin.pages.training.write_training_page", lambda *given: seen.append(given))
+    out, work = tmp_path / "out", tmp_path / "work"
+    arguments = ("openai-topk", str(out), "--texts", str(tmp_path), "--work", str(work), "--log", "tensorboard")
+    found = run("train", *arguments, "--measure-steps", "50", "--checkpoint-steps", "20", "--json")
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout) == {"fvu": 0.5}
+    options = {"work_dir": work, "measure_steps": 50, "checkpoint_steps": 20, "loggers": ("tensorboard",)}
+    assert seen[0] == ((TrainingRecipe.read("openai-topk"), "model embedded", tmp_path, out), options)
+    assert seen[1] == (out / "report.html", "trained")
+    assert "mlflow" in run("train", *arguments[:4], "--log", "mlflow").stderr
 
 
 def test_the_registry_lists_shows_and_checks_the_shipped_dictionary() -> None:

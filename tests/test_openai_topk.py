@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import sae_lens
 import torch
-from sae_lens import SAE, TopKSAE
+from conftest import D_MODEL, HOOK, WORDS
+from datasets import Dataset
+from sae_lens import SAE, LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig, TopKSAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
@@ -143,6 +145,20 @@ def test_the_start_is_tied_and_set_by_the_data() -> None:
     torch.testing.assert_close(sae.W_dec.data.norm(dim=-1), torch.ones(D_SAE))
 
 
+def test_without_a_tied_start_the_encoder_points_elsewhere_and_is_as_long() -> None:
+    made: list[torch.Tensor] = []
+    for tied in (True, False):
+        torch.manual_seed(0)
+        sae = OpenAITopKTrainingSAE(OpenAITopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=K, tied_init=tied))
+        made.append(sae.W_dec.data.clone())
+        torch.testing.assert_close(sae.W_enc.data.norm(dim=0), torch.ones(D_SAE))
+        sae.initialize_from(data(500))
+    assert torch.equal(made[0], made[1]) and sae.W_enc.data.T.is_contiguous()
+    cosines = torch.nn.functional.cosine_similarity(sae.W_enc.data.T, sae.W_dec.data)
+    # Of random directions in 12 dimensions: mean 0, deviation 1 / sqrt(12).
+    assert abs(float(cosines.mean())) < 0.15 and 0.2 < float(cosines.std()) < 0.4
+
+
 def test_the_geometric_median_minimises_the_distances_and_shrugs_off_an_outlier() -> None:
     points = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
     points[0] = 1e4
@@ -199,6 +215,48 @@ def test_it_trains_under_sae_lens_and_what_is_saved_is_a_plain_topk_sae(tmp_path
         codes, expected = loaded.encode(x), sae.encode(x)
         assert torch.equal(codes, expected)
         assert torch.equal(loaded.decode(codes), sae.decode(expected))
+
+
+@pytest.mark.filterwarnings("ignore:Dataset is not tokenized")
+@pytest.mark.filterwarnings("ignore:(?s).*non-empty model_from_pretrained_kwargs")
+def test_both_train_under_sae_lens_s_runner_from_a_model_and_texts(hooked_transformer: Any, tmp_path: Path) -> None:
+    register_architectures()
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS[4:], size=20)) for _ in range(2100)]
+    common: dict[str, Any] = {"d_in": D_MODEL, "d_sae": 64}
+    makers = {
+        "openai-topk": OpenAITopKTrainingSAEConfig(**common, k=4),
+        "relu-l1": ReluL1TrainingSAEConfig(**common, l1_coefficient=0.1),
+    }
+    for name, config in makers.items():
+        out = tmp_path / name
+        runner = LanguageModelSAETrainingRunner(
+            LanguageModelSAERunnerConfig(
+                sae=config,
+                model_name="tiny",
+                hook_name=HOOK,
+                dataset_path="none",
+                streaming=False,
+                is_dataset_tokenized=False,
+                training_tokens=2048,
+                train_batch_size_tokens=128,
+                context_size=16,
+                store_batch_size_prompts=8,
+                n_batches_in_buffer=32,
+                n_eval_batches=1,
+                lr=3e-3,
+                output_path=str(out),
+                checkpoint_path=None,
+                logger=LoggingConfig(log_to_wandb=False),
+            ),
+            override_dataset=Dataset.from_dict({"text": texts}),
+            override_model=hooked_transformer,
+        )
+        sae = runner.run()
+        assert type(sae).__name__ == {"openai-topk": "OpenAITopKTrainingSAE", "relu-l1": "ReluL1TrainingSAE"}[name]
+        loaded = SAE.load_from_disk(out)
+        assert loaded.cfg.architecture() == {"openai-topk": "topk", "relu-l1": "standard"}[name]
+        torch.testing.assert_close(loaded.W_dec.norm(dim=-1), torch.ones(64), atol=1e-2, rtol=0)
 
 
 def test_relu_l1_trains_under_sae_lens_and_what_is_saved_is_a_plain_standard_sae(tmp_path: Path) -> None:

@@ -200,6 +200,22 @@ def test_a_missing_recipe_is_refused_by_path(tmp_path: Path) -> None:
         assert str(path) in str(error.value)
 
 
+def test_a_shipped_recipe_is_read_by_its_name_and_studies_are_not_among_them() -> None:
+    recipe = TrainingRecipe.read("openai-topk")
+    assert recipe.architecture == "openai-topk" and recipe.tied_init is True
+    with pytest.raises(FileNotFoundError, match=r"no such recipe: openai .valid: a YAML file, or ") as error:
+        TrainingRecipe.read("openai")
+    assert "blog-distilgpt2-mlp5, " in str(error.value) and "blog-gpt2" not in str(error.value)
+
+
+def test_a_width_below_two_and_a_switch_that_is_no_switch_are_refused(tmp_path: Path) -> None:
+    for width in (-5, 0, 1):
+        refused(written(tmp_path, d_sae=width, **RELU), f"d_sae {width} is below 2")
+    given = {"architecture": "openai-topk", "tied_init": "yes please"}
+    refused(written(tmp_path, **given), "tied_init is 'yes please' .valid: true or false")
+    refused(written(tmp_path, tied_init=False), "tied_init is not used by architecture 'topk'")
+
+
 def lines(*rows: dict[str, Any]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 

@@ -180,8 +180,8 @@ def test_codes_and_reconstructions_equal_the_trainers_in_normalised_space(
 ) -> None:
     seen: dict[str, Any] = {}
 
-    def spy(*arguments: Any) -> Any:
-        seen["fitted"] = sae_lens_trainer.fit_by_sae_lens(*arguments)
+    def spy(*arguments: Any, **options: Any) -> Any:
+        seen["fitted"] = sae_lens_trainer.fit_by_sae_lens(*arguments, **options)
         return seen["fitted"]
 
     monkeypatch.setattr(runs, "fit_by_sae_lens", spy)
@@ -222,6 +222,16 @@ def test_a_source_gives_the_tokens_asked_for_and_no_more_texts(bridge: Any, root
     texts, held_out, _ = recipe_documents(recipe, bridge, root)
     lengths = [len(text.split()) for text in texts]
     assert 50 <= sum(lengths) < 50 + 12 and len(held_out) == 8
+
+
+def test_the_first_tokens_are_the_same_however_many_texts_are_read_at_a_time(
+    bridge: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["he is", "such a joy", "sad", "w1 w2 w3 w4", "fear"]  # 2, 5, 6, 10 and 11 tokens
+    for block in (1, 2, 3, 512):
+        monkeypatch.setattr(training.texts, "BLOCK", block)
+        kept = [len(training.texts.first_tokens(bridge, texts, tokens)) for tokens in (1, 2, 3, 5, 6, 7, 11, 99)]
+        assert kept == [1, 1, 2, 2, 3, 4, 5, 5]
 
 
 def test_a_source_with_one_document_cannot_keep_one_for_the_report(bridge: Any, tmp_path: Path) -> None:
@@ -482,12 +492,61 @@ def test_the_loss_recovered_is_measured_on_the_way_when_asked(bridge: Any, root:
     assert points[-1]["loss_recovered"] == pytest.approx(trained.report.loss_recovered, rel=0.01)
 
 
-def test_what_sae_lens_s_trainer_cannot_do_is_refused(bridge: Any, root: Path, tmp_path: Path) -> None:
-    refused: list[dict[str, Any]] = [{"loggers": ["tensorboard"]}, {"measure_steps": 5}]
-    for options in refused:
-        with pytest.raises(ValueError, match="topk is trained by SAELens's trainer, without loggers"):
+def test_sae_lens_s_trainer_is_watched_too_and_watching_changes_nothing(
+    bridge: Any, root: Path, tmp_path: Path, trained: TrainedDictionary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[Any] = []
+    monkeypatch.setattr(runs, "check_loggers", lambda names: None)
+    monkeypatch.setattr(runs, "open_loggers", lambda names, *_: [logged.append])
+    watched = run(bridge, root, tmp_path / "tiny", measured=True, measure_steps=7, loggers=["wandb"])
+    assert_equal_weights(watched, trained)
+    record = watched.provenance()["training"]
+    curve = record["curve"]
+    assert [point["step"] for point in logged] == [point["step"] for point in curve]
+    assert curve[0]["step"] == 1 and curve[-1]["step"] == record["steps"] and curve[-1]["loss"] < curve[0]["loss"]
+    assert {"fvu", "l0", "dead", "lr", "mse_loss", "shrinkage", "cosine_mean", "cosine_random"} <= set(curve[-1])
+    assert curve[-1]["l0"] == pytest.approx(RECIPE.k) and record["dead"] == round(curve[-1]["dead"] * RECIPE.d_sae)
+    measured = [point for point in curve if "loss_recovered" in point]
+    assert {point["step"] for point in measured[:-1]} == set(range(7, record["steps"], 7))
+    assert measured[-1]["held_out_fvu"] == pytest.approx(watched.report.fvu, rel=1e-6)
+
+
+def test_a_loss_that_is_no_number_ends_sae_lens_s_training(bridge: Any, root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"diverged at step \d+: the loss is no number; look at lr \(1e\+30\)"):
+        run(bridge, root, tmp_path / "tiny", replace(RECIPE, lr=1e30))
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_what_cannot_be_done_is_refused_before_any_work(bridge: Any, root: Path, tmp_path: Path) -> None:
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"loggers": ["mlflow"]}, "unknown logger 'mlflow'"),
+        ({"checkpoint_steps": 0}, "checkpoint_steps 0 is below 1"),
+        ({"measure_steps": -1}, "measure_steps -1 below 0"),
+    ]
+    for options, message in refused:
+        with pytest.raises(ValueError, match=message):
             run(bridge, root, tmp_path / "tiny", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_changed_recipe_is_refused_before_its_activations_are_read(
+    bridge: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> Any:
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(runs, "fit_by_sae_lens", stop)
+        run(bridge, root, tmp_path / "tiny")
+    monkeypatch.setattr(runs, "collect", stop)
+    with pytest.raises(ValueError, match="another recipe was begun here: context_size was 16 and is 12"):
+        run(bridge, root, tmp_path / "tiny", replace(RECIPE, context_size=12))
+
+
+def test_a_refusal_for_too_few_tokens_can_be_mended_in_the_same_place(bridge: Any, root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="fewer than one batch of 1000000"):
+        run(bridge, root, tmp_path / "tiny", replace(RECIPE, batch_size=1_000_000))
+    run(bridge, root, tmp_path / "tiny")
 
 
 def test_the_rate_is_scaled_with_the_width() -> None:

@@ -1,4 +1,3 @@
-import builtins
 import json
 import sys
 from pathlib import Path
@@ -30,14 +29,8 @@ def test_an_unknown_logger_and_one_that_is_not_installed_are_named(
     with pytest.raises(ValueError, match=r"unknown logger 'mlflow' .valid: tensorboard, wandb"):
         open_loggers(["mlflow"], tmp_path, "run", {})
     assert open_loggers([], tmp_path, "run", {}) == []
-    real = builtins.__import__
-
-    def without(name: str, *arguments: Any, **options: Any) -> Any:
-        if name.startswith(("wandb", "torch.utils.tensorboard")):
-            raise ImportError(name)
-        return real(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    for module in ("wandb", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, module, None)
     for name in ("wandb", "tensorboard"):
         with pytest.raises(ImportError, match=f"the logger '{name}' needs its package: pip install {name}"):
             open_loggers([name], tmp_path, "run", {})
@@ -47,8 +40,8 @@ def test_loggers_get_the_numbers_of_a_point_by_step(tmp_path: Path, monkeypatch:
     seen: list[Any] = []
 
     class Writer:
-        def __init__(self, folder: str) -> None:
-            seen.append(folder)
+        def __init__(self, folder: str, purge_step: int) -> None:
+            seen.append((folder, purge_step))
 
         def add_scalar(self, name: str, value: float, step: int) -> None:
             seen.append((name, value, step))
@@ -56,13 +49,15 @@ def test_loggers_get_the_numbers_of_a_point_by_step(tmp_path: Path, monkeypatch:
         def flush(self) -> None: ...
 
     def init(**options: Any) -> Any:
+        seen.append((options["id"], options["resume"]))
         return SimpleNamespace(log=lambda values, step: seen.append((options["name"], values, step)))
 
     for name, content in (("torch.utils.tensorboard", {"SummaryWriter": Writer}), ("wandb", {"init": init})):
         module = ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    for log in open_loggers(["tensorboard", "wandb"], tmp_path, "run", {"lr": 1.0}):
+    for log in open_loggers(["tensorboard", "wandb", "wandb"], tmp_path, "run", {"lr": 1.0}):
         log(POINT)
     numbers = {"loss": 0.5, "dead": 1}
-    assert seen == [str(tmp_path / "tensorboard"), ("loss", 0.5, 5), ("dead", 1, 5), ("run", numbers, 5)]
+    started = [(tmp_path.name, "allow"), (str(tmp_path / "tensorboard"), 5)]
+    assert seen == [*started, ("loss", 0.5, 5), ("dead", 1, 5), ("run", numbers, 5)]

@@ -257,10 +257,18 @@ def test_a_loss_that_is_no_number_is_divergence_and_a_heavy_penalty_is_named() -
 
 def test_figures_that_need_a_model_are_measured_when_asked(tmp_path: Path) -> None:
     seen: list[Any] = []
-    settings = replace(SETTINGS, measure_steps=20)
+    settings = replace(SETTINGS, measure_steps=16)  # not in step with log_steps, 10
     _, training = run("openai-topk", tmp_path, settings, measure=lambda: {"loss_recovered": 0.5}, loggers=[seen.append])
-    assert [point["step"] for point in training.curve if "loss_recovered" in point] == [20, 36]
+    assert [point["step"] for point in training.curve if "loss_recovered" in point] == [16, 32, 36]
     assert seen == training.curve
+
+
+def test_intervals_of_no_steps_are_refused() -> None:
+    for name in ("log_steps", "checkpoint_steps"):
+        with pytest.raises(ValueError, match=f"{name} 0 is below 1"):
+            replace(SETTINGS, **{name: 0})
+    with pytest.raises(ValueError, match="measure_steps -5 is below 0"):
+        replace(SETTINGS, measure_steps=-5)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_former_ones(
@@ -299,3 +307,22 @@ def test_an_unreadable_checkpoint_is_passed_over_for_the_one_before(tmp_path: Pa
 def test_the_progress_line_shows_the_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit(training_sae("openai-topk"), batches, SETTINGS, tmp_path, progress=True)
     assert loop.tqdm is not None and "fvu=" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_on_a_gpu_goes_as_on_the_cpu_and_on_from_its_checkpoints(kind: str, tmp_path: Path) -> None:
+    usual = RESAMPLED if kind == "relu-l1" else SETTINGS
+    _, expected = run(kind, tmp_path / "cpu")
+    sae = training_sae(kind).to(torch.device("cuda"))
+    training = fit(sae, batches, usual, tmp_path / "gpu", sample=training_runs.sample, progress=False)
+    assert sae.W_dec.is_cuda and training.tokens == expected.tokens
+    for ours, theirs in zip(training.curve, expected.curve, strict=True):
+        assert ours["fvu"] == pytest.approx(theirs["fvu"], rel=0.05)
+    for path in Checkpoints(tmp_path / "gpu").paths()[1:]:
+        path.unlink()
+    again = training_sae(kind).to(torch.device("cuda"))
+    resumed = fit(again, batches, usual, tmp_path / "gpu", sample=training_runs.sample, progress=False)
+    assert resumed.resumed_at_step > 0
+    assert resumed.curve[-1]["fvu"] == pytest.approx(expected.curve[-1]["fvu"], rel=0.05)

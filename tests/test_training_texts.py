@@ -62,6 +62,15 @@ def test_a_row_without_a_column_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         fetch(SOURCE, tmp_path / "ko.jsonl")
 
 
+def test_a_data_set_without_any_text_writes_no_file_that_would_stand_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([{"question": " ", "answer": None}]))
+    with pytest.raises(ValueError, match="'owner/texts' has no text in question, answer: put its texts at"):
+        fetch(SOURCE, tmp_path / "ko.jsonl")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_data_set_needs_a_name_that_holds_lines(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ko\.txt is to hold a data set \(valid: a name that ends in \.jsonl\)"):
         fetch(TextSource("ko.txt", dataset="owner/texts"), tmp_path / "ko.txt")

@@ -36,6 +36,8 @@ class OpenAITopKTrainingSAEConfig(TopKTrainingSAEConfig):
     """Multi-TopK also rebuilds from this many times k features."""
     multi_topk_weight: float = 1 / 8
     """Weight of Multi-TopK; 0 turns it off."""
+    tied_init: bool = True
+    """Start the encoder as the decoder's transpose; at random directions of its own, as long, otherwise."""
     input_variance: float = 1.0
     """Mean square deviation of the normalised inputs; `initialize_from` measures it."""
 
@@ -63,14 +65,18 @@ class OpenAITopKTrainingSAEConfig(TopKTrainingSAEConfig):
 class OpenAITopKTrainingSAE(TopKTrainingSAE):
     """TopK on layer-normed inputs with AuxK, Multi-TopK and decoder rows of unit norm, through active entries alone.
 
-    The encoder starts as the decoder's transpose; `initialize_from` sets what depends on data. Rows are brought back to
-    unit norm before each step, and their gradient has lost its parallel part, so any trainer does it right.
+    The encoder starts as the decoder's transpose, unless `tied_init` is off; `initialize_from` sets what depends on
+    data. Rows are brought back to unit norm before each step, and their gradient has lost its parallel part, so any
+    trainer does it right.
     """
 
     cfg: OpenAITopKTrainingSAEConfig  # type: ignore[assignment]
 
     def __init__(self, cfg: OpenAITopKTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
+        if not cfg.tied_init:
+            other = torch.randn_like(self.W_dec)
+            self.W_enc.data = (other / other.norm(dim=-1, keepdim=True) * self.W_dec.norm(dim=-1, keepdim=True)).data.T
         # In memory a row for each feature, as the decoder: so its gradient comes, and a feature is one piece.
         self.W_enc.data = self.W_enc.data.T.contiguous().T
 

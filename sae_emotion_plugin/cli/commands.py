@@ -143,23 +143,74 @@ def evidence(
 
 
 @main.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--texts", required=True, type=click.Path(path_type=Path), help="Folder of the recipe's texts.")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    help="Folder of activations and checkpoints, OUT.work by default; runs that share it share activations.",
+)
+@click.option(
+    "--log",
+    "loggers",
+    multiple=True,
+    type=click.Choice(["tensorboard", "wandb"]),
+    help="Log the figures there too (repeatable); curve.jsonl beside the checkpoints has them always.",
+)
+@click.option(
+    "--measure-steps",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Measure FVU and loss recovered on held-out texts every so many steps; 0: at the end only.",
+)
+@click.option(
+    "--checkpoint-steps",
+    type=click.IntRange(1),
+    default=200,
+    show_default=True,
+    help="Steps from one checkpoint to the next; topk recipes make four in all.",
+)
 @click.option("--register", is_flag=True, help="Add the dictionary to your registry, to load it by name.")
 @json_option
-def train(recipe: Path, out: Path, texts: Path, register: bool, as_json: bool) -> None:
-    """Train a dictionary by RECIPE (a YAML file) into the folder OUT; the same command resumes."""
+def train(
+    recipe: str,
+    out: Path,
+    texts: Path,
+    work: Path | None,
+    loggers: tuple[str, ...],
+    measure_steps: int,
+    checkpoint_steps: int,
+    register: bool,
+    as_json: bool,
+) -> None:
+    """Train a dictionary by RECIPE (a YAML file, or a name such as openai-topk) into the folder OUT.
+
+    The same command goes on after an interruption. OUT has weights that plain SAELens loads, the report, the curves and
+    a page of both, report.html.
+    """
     from sae_emotion_plugin.recipes import TrainingRecipe
 
     chosen = TrainingRecipe.read(recipe)
 
     from sae_emotion_plugin.models import load_model
+    from sae_emotion_plugin.pages.training import write_training_page
     from sae_emotion_plugin.registry import user_folder
     from sae_emotion_plugin.training import register_dictionary
     from sae_emotion_plugin.training import train as run
 
-    trained = run(chosen, load_model(chosen.model), texts, out)
+    trained = run(
+        chosen,
+        load_model(chosen.model),
+        texts,
+        out,
+        work_dir=work,
+        measure_steps=measure_steps,
+        checkpoint_steps=checkpoint_steps,
+        loggers=loggers,
+    )
+    write_training_page(out / "report.html", trained)
     if register:
         register_dictionary(trained, user_folder())
     if as_json:

@@ -1,5 +1,6 @@
 """Where a training's figures go: a JSON Lines file always, TensorBoard or Weights & Biases only when asked."""
 
+import importlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +9,8 @@ from typing import Any
 
 from sae_emotion_plugin.files import write_whole
 
-LOGGERS = ("tensorboard", "wandb")
+LOGGERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+"""The module that each logger needs."""
 
 
 class CurveFile:
@@ -35,10 +37,8 @@ class CurveFile:
             file.write(_line(whole))
 
 
-def open_loggers(
-    names: Sequence[str], folder: Path, run: str, settings: Mapping[str, Any]
-) -> list[Callable[[Mapping[str, Any]], None]]:
-    """A function for each logger that was asked for, which takes the points of a curve.
+def check_loggers(names: Sequence[str]) -> None:
+    """Nothing, where every logger is known and its package is there; so that a run fails before its work, not after.
 
     Raises:
         ValueError: an unknown name.
@@ -47,31 +47,44 @@ def open_loggers(
     for name in names:
         if name not in LOGGERS:
             raise ValueError(f"unknown logger {name!r} (valid: {', '.join(LOGGERS)})")
+        try:
+            importlib.import_module(LOGGERS[name])
+        except ImportError as error:
+            raise ImportError(f"the logger {name!r} needs its package: pip install {name}") from error
+
+
+def open_loggers(
+    names: Sequence[str], folder: Path, run: str, settings: Mapping[str, Any]
+) -> list[Callable[[Mapping[str, Any]], None]]:
+    """A function for each logger that was asked for, which takes the points of a curve. Errors as of `check_loggers`.
+
+    A run that is resumed goes on in the logger's own record of it: one TensorBoard folder, one run of W&B.
+    """
+    check_loggers(names)
     makers = {"tensorboard": _tensorboard, "wandb": _wandb}
-    return [makers[name](folder, run, settings) for name in names]
+    return [makers[name](folder, run, settings) for name in dict.fromkeys(names)]
 
 
 def _tensorboard(folder: Path, run: str, settings: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("the logger 'tensorboard' needs its package: pip install tensorboard") from error
-    writer = SummaryWriter(str(folder / "tensorboard"))
+    module = importlib.import_module(LOGGERS["tensorboard"])
+    writers: list[Any] = []
 
     def log(point: Mapping[str, Any]) -> None:
+        if not writers:
+            # What lies behind the point of a resumption is taken back.
+            writers.append(module.SummaryWriter(str(folder / "tensorboard"), purge_step=point["step"]))
         for name, value in _numbers(point).items():
-            writer.add_scalar(name, value, point["step"])
-        writer.flush()
+            writers[0].add_scalar(name, value, point["step"])
+        writers[0].flush()
 
     return log
 
 
 def _wandb(folder: Path, run: str, settings: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ImportError("the logger 'wandb' needs its package: pip install wandb") from error
-    session = wandb.init(project="sae-emotion", name=run, config=dict(settings), dir=str(folder))
+    module = importlib.import_module(LOGGERS["wandb"])
+    # The checkpoints' folder is named by a hash of recipe and activations.
+    again = {"id": folder.name, "resume": "allow"}
+    session = module.init(project="sae-emotion", name=run, config=dict(settings), dir=str(folder), **again)
 
     def log(point: Mapping[str, Any]) -> None:
         session.log(_numbers(point), step=int(point["step"]))

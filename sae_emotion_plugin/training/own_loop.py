@@ -1,6 +1,5 @@
 """A recipe by the loop of this package: the SAE that its architecture names, its space, and its settings."""
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_emotion_plugin.activation_store import ActivationStore, content_key
+from sae_emotion_plugin.activation_store import ActivationStore, content_key, prefetched
 from sae_emotion_plugin.recipes import TrainingRecipe
-from sae_emotion_plugin.training.loop import LoopSettings, fit
+from sae_emotion_plugin.training.loop import LoopSettings, fit, usual_log_steps
 from sae_emotion_plugin.training.resampling import Resampling
-from sae_emotion_plugin.training.spaces import Fitted, TrainingSpace, finite_sample, sae_metadata, training_space
+from sae_emotion_plugin.training.spaces import (
+    Fitted,
+    TrainingSpace,
+    finite_sample,
+    inference_sae,
+    sae_metadata,
+    training_space,
+)
 from sae_emotion_plugin.training.steps import StepSettings
 
 
@@ -27,6 +33,7 @@ def fit_by_loop(
     measure: Callable[[Any], Mapping[str, float]] | None = None,
     measure_steps: int = 0,
     checkpoint_steps: int = 200,
+    device: str | torch.device = "cpu",
     open_loggers: Callable[[Path], Sequence[Callable[[Mapping[str, Any]], None]]] = lambda folder: (),
     progress: bool = True,
 ) -> Fitted:
@@ -41,13 +48,15 @@ def fit_by_loop(
     # SAELens draws the first weights from torch's global generator, which is the user's afterwards as it was before.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        sae = training_sae(recipe, sample.shape[1], sae_metadata(recipe, model_name))
+        # Drawn on the CPU: one seed gives one start, wherever it is trained.
+        sae = training_sae(recipe, sample.shape[1], sae_metadata(recipe, model_name)).to(torch.device(device))
     if layer_normed:
         sae.initialize_from(sample, recipe.seed)
     folder = work / f"checkpoints-{content_key(recipe.to_yaml(), store.key)}"
 
     def batches(first_step: int) -> Iterator[Float[Tensor, "token d_in"]]:
-        return (space.enter(batch) for batch in store.batches(recipe.batch_size, recipe.seed, first_step))
+        raw = store.batches(recipe.batch_size, recipe.seed, first_step)
+        return prefetched(space.enter(batch) for batch in raw)
 
     def draw(rng: np.random.Generator, n: int) -> Float[Tensor, "token d_in"]:
         return space.enter(store.rows(rng.choice(len(store), size=min(n, len(store)), replace=False)))
@@ -89,7 +98,7 @@ def training_sae(recipe: TrainingRecipe, d_in: int, metadata: Any) -> Any:
     common: dict[str, Any] = {"d_in": d_in, "d_sae": recipe.d_sae, "metadata": metadata}
     match recipe.architecture:
         case "openai-topk":
-            names = ("k", "aux_loss_coefficient", "k_aux", "multi_topk", "multi_topk_weight")
+            names = ("k", "aux_loss_coefficient", "k_aux", "multi_topk", "multi_topk_weight", "tied_init")
             return OpenAITopKTrainingSAE(OpenAITopKTrainingSAEConfig(**common, **recipe.values(*names)))
         case "relu-l1":
             names = ("l1_coefficient", "l1_warm_up_steps")
@@ -128,16 +137,7 @@ def loop_settings(
         ),
         resampling=resampling,
         seed=recipe.seed,
-        log_steps=max(1, min(50, steps // 20)),
+        log_steps=usual_log_steps(steps),
         checkpoint_steps=checkpoint_steps,
         measure_steps=measure_steps,
     )
-
-
-def inference_sae(fitted: Fitted) -> Any:
-    """What would be saved, as plain SAELens reads it."""
-    from sae_lens import SAE
-
-    with tempfile.TemporaryDirectory() as folder:
-        fitted.save(Path(folder))
-        return SAE.load_from_disk(folder)

@@ -5,14 +5,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sae_emotion_plugin.activation_store import collect
-from sae_emotion_plugin.activations import canonical_hook
+from sae_emotion_plugin.activation_store import collect, store_key
+from sae_emotion_plugin.activations import canonical_hook, model_device
 from sae_emotion_plugin.evaluation import evaluate
 from sae_emotion_plugin.models import model_identity
 from sae_emotion_plugin.recipes import TrainingRecipe
 from sae_emotion_plugin.training.checkpoints import begin_or_go_on
 from sae_emotion_plugin.training.dictionaries import TrainedDictionary, write_dictionary
-from sae_emotion_plugin.training.logs import open_loggers
+from sae_emotion_plugin.training.logs import check_loggers, open_loggers
 from sae_emotion_plugin.training.own_loop import fit_by_loop
 from sae_emotion_plugin.training.sae_lens_trainer import fit_by_sae_lens
 from sae_emotion_plugin.training.texts import recipe_documents
@@ -40,15 +40,16 @@ def train(
 
     Activations go to `work_dir` (by default `<out_dir>.work`) in shards, and training leaves checkpoints there: an
     interrupted or killed run goes on where it was when called again, and ends with the weights of one that was not.
-    `out_dir` appears when it is complete. Two runs with one seed on one machine give equal weights.
+    `out_dir` appears when it is complete. Two runs with one seed on one machine give equal weights. Runs that share a
+    `work_dir` share the activations that they have in common. The SAE is trained on the model's device.
 
-    `topk` is trained by SAELens's trainer, the other architectures by the loop of this package, which also writes its
-    figures to `curve.jsonl` beside the checkpoints and into `provenance.json`.
+    `topk` is trained by SAELens's trainer, the other architectures by the loop of this package. Their figures go to
+    `curve.jsonl` beside the checkpoints and into `provenance.json`.
 
     Args:
         loss_tokens: the report's cross-entropies are measured on about this many tokens (see `evaluate`).
         measure_steps: the loss recovered is measured on held-out documents every so many steps; 0 for never.
-        checkpoint_steps: steps from one checkpoint to the next.
+        checkpoint_steps: steps from one checkpoint to the next; SAELens's trainer makes four in all.
         loggers: `tensorboard` or `wandb`, for the figures.
 
     Raises:
@@ -63,32 +64,33 @@ def train(
         raise ValueError(f"{recipe.name} is of random directions, which are not trained: train_references makes it")
     if recipe.reference == "shuffled-weights" and not getattr(model, SHUFFLED_MARK, False):
         raise ValueError(f"{recipe.name} reads a model with shuffled weights: train_references makes it")
-    if recipe.architecture == "topk" and (loggers or measure_steps):
-        raise ValueError("topk is trained by SAELens's trainer, without loggers and measure_steps")
+    if checkpoint_steps < 1 or measure_steps < 0:
+        raise ValueError(f"checkpoint_steps {checkpoint_steps} is below 1, or measure_steps {measure_steps} below 0")
+    check_loggers(loggers)
     canonical_hook(model, recipe.hook_name)
     training, held_out, sources = recipe_documents(recipe, model, Path(text_root))
     work = Path(work_dir) if work_dir else out_dir.with_name(out_dir.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
+    begun = work / f"{out_dir.name}.begun.json"
+    settings = {**asdict(recipe), "activations (model, texts, windows)": store_key(recipe, model, training)}
+    if begun.is_file():  # refused now rather than after the activations, which can take an hour, were read
+        begin_or_go_on(begun, settings)
     store = collect(recipe, model, training, work, progress)
     if len(store) < recipe.batch_size:
         raise ValueError(f"{len(store)} tokens are fewer than one batch of {recipe.batch_size}: more texts are needed")
-    begun = work / f"{out_dir.name}.begun.json"
-    begin_or_go_on(begun, {**asdict(recipe), "activations (model, texts, windows)": store.key})
+    begin_or_go_on(begun, settings)
     name = model_identity(model)["name"]
+    options: dict[str, Any] = {
+        "measure": _loss_recovered(model, held_out, loss_tokens) if measure_steps else None,
+        "measure_steps": measure_steps,
+        "device": model_device(model),
+        "open_loggers": lambda folder: open_loggers(loggers, folder, recipe.name, asdict(recipe)),
+    }
     if recipe.architecture == "topk":
-        fitted = fit_by_sae_lens(recipe, store, name, work)
+        fitted = fit_by_sae_lens(recipe, store, name, work, **options)
     else:
-        fitted = fit_by_loop(
-            recipe,
-            store,
-            name,
-            work,
-            measure=_loss_recovered(model, held_out, loss_tokens) if measure_steps else None,
-            measure_steps=measure_steps,
-            checkpoint_steps=checkpoint_steps,
-            open_loggers=lambda folder: open_loggers(loggers, folder, recipe.name, asdict(recipe)),
-            progress=progress,
-        )
+        options |= {"checkpoint_steps": checkpoint_steps, "progress": progress}
+        fitted = fit_by_loop(recipe, store, name, work, **options)
     trained = write_dictionary(
         out_dir,
         recipe,

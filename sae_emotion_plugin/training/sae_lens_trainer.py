@@ -1,16 +1,20 @@
 """A `topk` recipe by SAELens's own trainer, as the shipped dictionary was made, over activations kept on disk."""
 
 import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
 
-from sae_emotion_plugin.activation_store import ActivationStore, content_key
+from sae_emotion_plugin.activation_store import ActivationStore, content_key, prefetched
 from sae_emotion_plugin.recipes import TrainingRecipe
-from sae_emotion_plugin.training.loop import FiniteBatches
-from sae_emotion_plugin.training.spaces import Fitted, finite_sample, sae_metadata, training_space
+from sae_emotion_plugin.training.logs import CurveFile
+from sae_emotion_plugin.training.loop import FiniteBatches, curve_point, is_due, usual_log_steps
+from sae_emotion_plugin.training.spaces import Fitted, finite_sample, inference_sae, sae_metadata, training_space
+from sae_emotion_plugin.training.steps import TrainingDiverged
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +24,25 @@ FROZEN_PARTS: dict[str | None, Literal["decoder", "encoder"]] = {
 }
 
 
-def fit_by_sae_lens(recipe: TrainingRecipe, store: ActivationStore, model_name: str, work: Path) -> Fitted:
-    """The SAE of a `topk` recipe, trained from the last complete checkpoint in `work` if there is one."""
+def fit_by_sae_lens(
+    recipe: TrainingRecipe,
+    store: ActivationStore,
+    model_name: str,
+    work: Path,
+    *,
+    measure: Callable[[Any], Mapping[str, float]] | None = None,
+    measure_steps: int = 0,
+    device: str | torch.device = "cpu",
+    open_loggers: Callable[[Path], Sequence[Callable[[Mapping[str, Any]], None]]] = lambda folder: (),
+) -> Fitted:
+    """The SAE of a `topk` recipe, trained from the last complete checkpoint in `work` if there is one.
+
+    Args:
+        measure: figures of an inference SAE for raw activations; called every `measure_steps` steps.
+
+    Raises:
+        TrainingDiverged: the loss is no number; the last checkpoint stays.
+    """
     from sae_lens import TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -44,7 +65,7 @@ def fit_by_sae_lens(recipe: TrainingRecipe, store: ActivationStore, model_name: 
     # SAELens draws the first weights from torch's global generator, which is the user's afterwards as it was before.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        sae = SparseStepTopKTrainingSAE(config, frozen=FROZEN_PARTS.get(recipe.reference))
+        sae = SparseStepTopKTrainingSAE(config, frozen=FROZEN_PARTS.get(recipe.reference)).to(torch.device(device))
     checkpoints = work / f"checkpoints-{content_key(recipe.to_yaml(), store.key)}"
     steps = recipe.number_of_steps(len(store))
     trainer_config = SAETrainerConfig(
@@ -55,21 +76,66 @@ def fit_by_sae_lens(recipe: TrainingRecipe, store: ActivationStore, model_name: 
         lr_decay_steps=int(steps * recipe.lr_decay_share),
         lr_end=0.0,
         dead_feature_window=max(1, recipe.dead_token_window // recipe.batch_size),
+        device=str(device),
         n_checkpoints=4,
         checkpoint_path=str(checkpoints),
     )
-    trainer = SAETrainer(
+    log_steps = usual_log_steps(steps)
+
+    class Watched(SAETrainer):
+        """SAELens's trainer, whose steps are looked at."""
+
+        def step(self, batch: torch.Tensor) -> Any:
+            found = super().step(batch)
+            number = self.n_training_steps + 1  # SAELens counts the step later
+            losses = {name: float(loss.detach()) for name, loss in {"loss": found.loss, **found.losses}.items()}
+            if not math.isfinite(losses["loss"]):
+                raise TrainingDiverged(
+                    f"training diverged at step {self.n_training_steps}: the loss is no number; look at lr "
+                    f"({recipe.lr:g}): a smaller one, or more lr_warm_up_steps; checkpoints are in {checkpoints}"
+                )
+            measured = measure if is_due(number, measure_steps, steps) else None
+            if number == 1 or is_due(number, log_steps, steps) or measured is not None:
+                point = curve_point(
+                    number,
+                    steps,
+                    log_steps,
+                    losses=losses,
+                    sae_in=found.sae_in,
+                    sae_out=found.sae_out.detach(),
+                    counts=(found.feature_acts > 0).sum(0),
+                    decoder=self.sae.W_dec,
+                    measure=measured and (lambda: measured(inference_sae(Fitted(self.sae, space, {})))),
+                    tokens=self.n_training_samples,
+                    dead=float(self.dead_neurons.float().mean()),
+                    lr=float(self.optimizer.param_groups[0]["lr"]),
+                )
+                curve.add(point)
+                for log in loggers:
+                    log(point)
+            return found
+
+    trainer = Watched(
         cfg=trainer_config,
         sae=sae,
         data_provider=iter(()),
         save_checkpoint_fn=_mark_complete,
     )
     first_step = _resume(trainer, checkpoints, recipe.batch_size)
-    finite = FiniteBatches(store.batches(recipe.batch_size, recipe.seed, first_step))
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    curve, loggers = CurveFile(checkpoints / "curve.jsonl", first_step), open_loggers(checkpoints)
+    finite = FiniteBatches(prefetched(store.batches(recipe.batch_size, recipe.seed, first_step)))
     trainer.data_provider = (space.enter(batch) for batch in finite)
     trainer.fit()
-    record = {"steps": steps, "tokens": steps * recipe.batch_size, "resumed_at_step": first_step}
-    return Fitted(sae, space, {**record, **({"bad_tokens": finite.bad} if finite.bad else {})})
+    record = {
+        "steps": steps,
+        "tokens": steps * recipe.batch_size,
+        "resumed_at_step": first_step,
+        "dead": int(trainer.dead_neurons.sum()),
+        **({"bad_tokens": finite.bad} if finite.bad else {}),
+        "curve": curve.points,
+    }
+    return Fitted(sae, space, record)
 
 
 def _mark_complete(checkpoint_path: Path | None) -> None:

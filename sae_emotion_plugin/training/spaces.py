@@ -5,6 +5,7 @@ on layer-normed inputs needs none of it, and is saved as it is.
 """
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,3 +99,12 @@ class Fitted:
     def save(self, folder: Path) -> None:
         """Write the inference SAE for raw activations."""
         save_folded(self.sae, self.space, folder)
+
+
+def inference_sae(fitted: Fitted) -> Any:
+    """What would be saved, as plain SAELens reads it."""
+    from sae_lens import SAE
+
+    with tempfile.TemporaryDirectory() as folder:
+        fitted.save(Path(folder))
+        return SAE.load_from_disk(folder)

@@ -12,6 +12,9 @@ from sae_emotion_plugin.files import replacing
 from sae_emotion_plugin.messages import first_line
 from sae_emotion_plugin.recipes import TextSource, TrainingRecipe, read_documents
 
+BLOCK = 512
+"""Texts that are tokenised at a time: of a large corpus a recipe may want the first few."""
+
 
 def recipe_documents(
     recipe: TrainingRecipe, model: Any, root: Path
@@ -38,7 +41,7 @@ def recipe_documents(
         if source.document:
             rng.shuffle(texts)
         if source.tokens is not None:
-            texts = _first_tokens(model, texts, source.tokens)
+            texts = first_tokens(model, texts, source.tokens)
         training += texts
         record.append(
             {
@@ -54,12 +57,16 @@ def recipe_documents(
     return training, held_out, record
 
 
-def _first_tokens(model: Any, texts: list[str], tokens: int) -> list[str]:
+def first_tokens(model: Any, texts: list[str], tokens: int) -> list[str]:
+    """The texts up to the one with which they have so many tokens; all where they have fewer."""
     total = 0
-    for index, ids in enumerate(model.tokenizer(texts, add_special_tokens=False)["input_ids"]):
-        total += len(ids)
-        if total >= tokens:
-            return texts[: index + 1]
+    for first in range(0, len(texts), BLOCK):
+        for index, ids in enumerate(
+            model.tokenizer(texts[first : first + BLOCK], add_special_tokens=False)["input_ids"]
+        ):
+            total += len(ids)
+            if total >= tokens:
+                return texts[: first + index + 1]
     return texts
 
 
@@ -84,6 +91,8 @@ def fetch(source: TextSource, path: Path) -> None:
         raise ValueError(
             f"the data set {source.dataset!r} cannot be reached ({type(error).__name__}: {first_line(error)}): {local}"
         ) from error
+    if not any(found):
+        raise ValueError(f"the data set {source.dataset!r} has no text in {', '.join(source.columns)}: {local}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in found if text)
