@@ -38,7 +38,7 @@ def recipe_documents(
         if source.document:
             rng.shuffle(texts)
         if source.tokens is not None:
-            texts = _first_tokens(model, texts, source.tokens)
+            texts = first_tokens(model, texts, source.tokens)
         training += texts
         record.append(
             {
@@ -54,7 +54,8 @@ def recipe_documents(
     return training, held_out, record
 
 
-def _first_tokens(model: Any, texts: list[str], tokens: int) -> list[str]:
+def first_tokens(model: Any, texts: list[str], tokens: int) -> list[str]:
+    """As many of the first texts as hold about this many tokens; all where they hold fewer."""
     total = 0
     for index, ids in enumerate(model.tokenizer(texts, add_special_tokens=False)["input_ids"]):
         total += len(ids)
