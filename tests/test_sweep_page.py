@@ -20,8 +20,13 @@ def sweep_of(rows: tuple[SweepCell, ...]) -> TrainingSweep:
 
 
 @pytest.fixture(scope="module")
-def page() -> str:
-    return render(sweep_of(ROWS))
+def sweep() -> TrainingSweep:
+    return sweep_of(ROWS)
+
+
+@pytest.fixture(scope="module")
+def page(sweep: TrainingSweep) -> str:
+    return render(sweep)
 
 
 def test_each_sparsity_has_its_charts_with_expansions_below(page: str) -> None:
@@ -39,8 +44,8 @@ def test_laws_stand_with_their_left_out_points_and_missing_ones_with_the_reason(
     assert "lr(N): no fit, it needs 4 widths" in page
 
 
-def test_the_answer_is_given_in_words() -> None:
-    text = headline(sweep_of(ROWS))
+def test_the_answer_is_given_in_words(sweep: TrainingSweep) -> None:
+    text = headline(sweep)
     assert text.startswith(
         "14 trainings from x2 to x16. AUROC per doubling of the width: +0.010 [+0.010, +0.010], so it"
     )
@@ -49,19 +54,19 @@ def test_the_answer_is_given_in_words() -> None:
     assert "too few for a trend" in headline(few) and "no law, see below" in render(few)
 
 
-def test_diverged_trainings_are_counted_and_named() -> None:
+def test_diverged_trainings_are_counted_and_named(sweep: TrainingSweep) -> None:
     broken = replace(planted(2, 32, 9.0, fvu=None), note="training diverged at step 3")
-    sweep = sweep_of((*ROWS, broken))
-    assert "15 trainings from x2 to x16, 1 of which diverged" in headline(sweep)
-    assert "training diverged at step 3" in render(sweep)
+    with_it = replace(sweep, rows=(*ROWS, broken))
+    assert "15 trainings from x2 to x16, 1 of which diverged" in headline(with_it)
+    assert "training diverged at step 3" in render(with_it)
     assert "No training ended well" in render(sweep_of((broken,)))
 
 
-def test_the_page_is_whole_escaped_and_the_same_each_time(tmp_path: Path, page: str) -> None:
-    assert render(sweep_of(ROWS)) == page
-    hostile = sweep_of((replace(ROWS[0], name=HOSTILE, note=HOSTILE), *ROWS[1:]))
+def test_the_page_is_whole_escaped_and_the_same_each_time(tmp_path: Path, sweep: TrainingSweep, page: str) -> None:
+    assert render(sweep) == page
+    hostile = replace(sweep, rows=(replace(ROWS[0], name=HOSTILE, note=HOSTILE), *ROWS[1:]))
     assert HOSTILE not in render(hostile)
     Page(page)
-    assert write_sweep_page(tmp_path / "index.html", sweep_of(ROWS)).read_text(encoding="utf-8") == page
+    assert write_sweep_page(tmp_path / "index.html", sweep).read_text(encoding="utf-8") == page
     with pytest.raises(FileNotFoundError, match="there is no folder"):
-        write_sweep_page(tmp_path / "none/index.html", sweep_of(ROWS))
+        write_sweep_page(tmp_path / "none/index.html", sweep)

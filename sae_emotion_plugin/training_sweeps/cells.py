@@ -73,7 +73,8 @@ def run_cell(cell: Cell, shared: Shared, folder: Path, work: Path, progress: boo
         found = _measured(cell, shared, trained, record, progress)
         hashes = trained.sha256
     except TrainingDiverged as error:
-        found, hashes = _row(cell, shared, note=first_line(error)), {}
+        # Without where the checkpoint lies: it goes with the other ones.
+        found, hashes = _row(cell, shared, note="; ".join(first_line(error).split("; ")[:2])), {}
     kept = {
         "key": shared.key(cell),
         "cell": found.to_dict(),
