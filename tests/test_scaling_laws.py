@@ -100,6 +100,8 @@ def test_too_few_or_useless_points_give_a_reason_and_no_numbers() -> None:
     no_fit(fit_power_law(WIDTHS, WIDTHS**0.5), "does not fall")
     no_fit(fit_power_law(WIDTHS, WIDTHS**-0.5, rising=True), "does not rise")
     no_fit(fit_power_law(WIDTHS, np.where(WIDTHS < 1300, 1.0, 0.5)), "exponent is not between 0.02 and 4")
+    wild = [1.0, 0.93, 0.7, 0.75, 0.6, 0.66, 0.5]
+    no_fit(fit_power_law(WIDTHS, wild), "7 points do not tell its exponent")
 
 
 def test_values_that_no_law_has_are_refused() -> None:

@@ -5,6 +5,14 @@ relative errors. Intervals are percentiles of a residual bootstrap whose residua
 and, in each resample, for how little so few of them say of their own size (the factor of Student's t). Every value of
 the first variable is also left out in turn and predicted from the rest; where that cannot be done there is no fit, and
 the law says why. Points count as independent of each other. Arrays in, numbers out; no model, no torch.
+
+Coverage of nominal 95 % intervals of e + 9 N^-0.6 at seven widths, 200 simulated data sets each:
+
+    e      noise   seeds   e      a      b      left-out points
+    0.05   1 %     1       96.0   95.5   95.5   93.7
+    0.05   3 %     1       96.5   97.0   96.5   93.9
+    0.05   1 %     3       92.5   92.5   92.0   98.4 (means of three, in intervals for one)
+    0      1 %     1       98.0   92.0   90.5   94.8
 """
 
 import math
@@ -129,6 +137,9 @@ def fit_power_law(
         return _none(law, f"{name} does not {'rise' if rising else 'fall'} with {variable}")
     if not EXPONENTS[0] * 1.01 < best[2] < EXPONENTS[1] * 0.99:
         return _none(law, f"its exponent is not between {EXPONENTS[0]:g} and {EXPONENTS[1]:g}")
+    low, high = np.quantile(refits[:, 2], [(1 - level) / 2, (1 + level) / 2])
+    if low < EXPONENTS[0] * 1.01 or high > EXPONENTS[1] * 0.99:
+        return _none(law, f"{len(xs)} points do not tell its exponent")
     # a belongs to x itself, not to x over its mean.
     scaled = [np.c_[one[:, 0], one[:, 1] * middle ** (-sign * one[:, 2]), one[:, 2]] for one in (best[None], refits)]
     return _fitted(law, ("e", "a", "b"), scaled[0][0], scaled[1], draw.left_out((variable,), xs[None], ys))

@@ -53,9 +53,9 @@ def headline(sweep: TrainingSweep) -> str:
 
 
 def _trend(name: str, value: float, low: float, high: float) -> str:
-    verdict = "rises" if low > 0 else "falls" if high < 0 else "cannot be told from level"
+    verdict = "it rises" if low > 0 else "it falls" if high < 0 else "no change is shown"
     ends = f"[{number(low, 3, True)}, {number(high, 3, True)}]"
-    return f"{name[0].upper()}{name[1:]}: {number(value, 3, True)} {ends}, so it {verdict}."
+    return f"{name[0].upper()}{name[1:]}: {number(value, 3, True)} {ends}, so {verdict}."
 
 
 @functools.cache
@@ -82,10 +82,10 @@ def _stack(sweep: TrainingSweep, sparsity: str, best: Sequence[SweepCell]) -> di
     fvu = [lines["fvu"], Series(logs, predicted, emphasised=False)] if predicted else [lines["fvu"]]
     auroc = [lines["auroc"], line("random_auroc", False)]
     panels = (
-        Panel("FVU", fvu, _domain(fvu, 0.0), 110),
-        Panel("Loss recovered", [lines["loss_recovered"]], _domain([lines["loss_recovered"]], 1.0), 70, percent=True),
-        Panel("Dead features", [lines["dead_share"]], _domain([lines["dead_share"]], 0.0, 0.05), 52, percent=True),
-        Panel("Emotion AUROC, best latent", auroc, _domain(auroc, 0.5), 90),
+        Panel("FVU", fvu, _domain(best, ("fvu",), 0.0), 110),
+        Panel("Loss recovered", [lines["loss_recovered"]], _domain(best, ("loss_recovered",), 1.0), 70, percent=True),
+        Panel("Dead features", [lines["dead_share"]], _domain(best, ("dead_share",), 0.0, 0.05), 52, percent=True),
+        Panel("Emotion AUROC, best latent", auroc, _domain(best, ("auroc", "random_auroc"), 0.5), 90),
     )
     ticks = [(place, f"x{one:g}") for place, one in zip(logs, expansions, strict=True)]
     label = f"FVU, loss recovered, dead features and AUROC of {len(rows)} trainings with {sparsity} by expansion"
@@ -102,9 +102,9 @@ def _predicted(laws: Sequence[ScalingLaw], sparsity: str, widths: Sequence[float
     return []
 
 
-def _domain(series: Sequence[Series], bound: float, least: float = 0.0) -> tuple[float, float]:
-    """From the values' smallest to their largest, `bound` among them."""
-    values = [value for one in series for value in one.y if value is not None]
+def _domain(rows: Sequence[SweepCell], names: Sequence[str], bound: float, least: float = 0.0) -> tuple[float, float]:
+    """From the smallest to the largest value of all stacks, which share their axes, with `bound` among them."""
+    values = [value for row in rows for name in names if (value := getattr(row, name)) is not None]
     return min([bound, *values]), max([bound + least, *values])
 
 
