@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from sae_emotion_plugin.plugin import register as register
     from sae_emotion_plugin.publishing.neuronpedia_export import export_neuronpedia as export_neuronpedia
     from sae_emotion_plugin.rated_texts import read_ratings as read_ratings
+    from sae_emotion_plugin.recipe_sweep import sweep_recipe as sweep_recipe
     from sae_emotion_plugin.recipes import TrainingRecipe as TrainingRecipe
     from sae_emotion_plugin.sparse_codes import SparseCodes as SparseCodes
     from sae_emotion_plugin.sparse_codes import encode_texts as encode_texts
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from sae_emotion_plugin.steering_studies.methods import compare_steering as compare_steering
     from sae_emotion_plugin.text_lens import logit_lens as logit_lens
     from sae_emotion_plugin.training.runs import train as train
+    from sae_emotion_plugin.training_sweeps.design import SweepDesign as SweepDesign
 
 _HOMES = {
     "Dashboards": "dashboards.types",
@@ -65,6 +67,7 @@ _HOMES = {
     "LabelledTexts": "emotion_texts",
     "SparseCodes": "sparse_codes",
     "SteeringPlan": "interventions.plans",
+    "SweepDesign": "training_sweeps.design",
     "TrainingRecipe": "recipes",
     "actual_plan": "interventions.hooks",
     "build_dashboards": "dashboards.build",
@@ -104,6 +107,7 @@ _HOMES = {
     "stream": "generation.streaming",
     "study": "discovery_study",
     "study_combinations": "steering_studies.combinations",
+    "sweep_recipe": "recipe_sweep",
     "sweep_study": "dose_study",
     "train": "training.runs",
     "transfer": "discovery.transfer",

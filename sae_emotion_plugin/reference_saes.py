@@ -140,11 +140,24 @@ def encode_references(
         if not names:
             continue
         read = shuffled_model(model, dictionaries[names[0]].recipe.seed) if shuffled else model
-        joined = _SideBySide([SAE.load_from_disk(dictionaries[name].folder) for name in names])
+        saes = {name: SAE.load_from_disk(dictionaries[name].folder) for name in names}
         for part, codes in zip(parts, found, strict=True):
-            both = encode_texts(read, joined, part, cache=cache, progress=progress)
-            codes.update(zip(names, joined.apart(both), strict=True))
+            codes.update(encode_beside(saes, read, part, cache=cache, progress=progress))
     return tuple({name: codes[name] for name in dictionaries} for codes in found)
+
+
+def encode_beside(
+    saes: Mapping[str, Any],
+    model: Any,
+    texts: Sequence[str] | LabelledTexts,
+    *,
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, SparseCodes]:
+    """The codes of every SAE, all of one hook, by its name; the texts pass through the model once. `cache` as above."""
+    joined = _SideBySide(list(saes.values()))
+    codes = encode_texts(model, joined, texts, cache=cache, progress=progress)
+    return dict(zip(saes, joined.apart(codes), strict=True))
 
 
 def firing_counts(sae: Any, store: ActivationStore) -> Int[np.ndarray, " feature"]:

@@ -19,6 +19,7 @@ from sae_emotion_plugin.cli.publish import publish
 from sae_emotion_plugin.cli.references import references
 from sae_emotion_plugin.cli.registry import registry
 from sae_emotion_plugin.cli.steering import export, steer, study
+from sae_emotion_plugin.cli.sweep import sweep
 from sae_emotion_plugin.cli.view import view
 from sae_emotion_plugin.files import CACHE_VARIABLE
 
@@ -270,6 +271,7 @@ for command in (
     roles,
     steer,
     study,
+    sweep,
     view,
 ):
     main.add_command(command)

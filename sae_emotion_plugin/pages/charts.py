@@ -177,9 +177,17 @@ class Panel:
 
 
 def stacked_panels(
-    panels: Sequence[Panel], x_domain: tuple[Place, Place], x_label: str, label: str, marked_x: Number = None
+    panels: Sequence[Panel],
+    x_domain: tuple[Place, Place],
+    x_label: str,
+    label: str,
+    marked_x: Number = None,
+    x_ticks: Sequence[tuple[Place, str]] | None = None,
 ) -> Markup:
-    """Panels below one another over one horizontal axis; `marked_x` is a line through all of them."""
+    """Panels below one another over one horizontal axis; `marked_x` is a line through all of them.
+
+    `x_ticks` are places on the axis and what is written there, by default round values.
+    """
     left, right, top = 38.0, 310.0, 20.0
     x = svg.linear(*x_domain, left, right)
     parts: list[Markup] = []
@@ -190,7 +198,8 @@ def stacked_panels(
     if (marked := finite(marked_x)) is not None:
         parts.insert(0, svg.line("marked", x(marked), 16, x(marked), bottom))
     steps = ticks(*x_domain, at_most=6)
-    parts += [svg.text(x(step), bottom + 14, number(step, tick_digits(steps)), "tick", "middle") for step in steps]
+    named = [(step, number(step, tick_digits(steps))) for step in steps] if x_ticks is None else x_ticks
+    parts += [svg.text(x(place), bottom + 14, words, "tick", "middle") for place, words in named]
     parts.append(svg.text((left + right) / 2, bottom + 29, x_label, "tick", "middle"))
     return svg.drawing(320, int(bottom + 34), label, parts, "plot")
 
