@@ -28,6 +28,7 @@ from sae_emotion_plugin.training import (
     spaces,
     train,
 )
+from sae_emotion_plugin.training import texts as training_texts
 from sae_emotion_plugin.training.steps import Trainer
 
 RECIPE = TrainingRecipe(
@@ -229,8 +230,8 @@ def test_the_first_tokens_are_the_same_however_many_texts_are_read_at_a_time(
 ) -> None:
     texts = ["he is", "such a joy", "sad", "w1 w2 w3 w4", "fear"]  # 2, 5, 6, 10 and 11 tokens
     for block in (1, 2, 3, 512):
-        monkeypatch.setattr(training.texts, "BLOCK", block)
-        kept = [len(training.texts.first_tokens(bridge, texts, tokens)) for tokens in (1, 2, 3, 5, 6, 7, 11, 99)]
+        monkeypatch.setattr(training_texts, "BLOCK", block)
+        kept = [len(training_texts.first_tokens(bridge, texts, tokens)) for tokens in (1, 2, 3, 5, 6, 7, 11, 99)]
         assert kept == [1, 1, 2, 2, 3, 4, 5, 5]
 
 

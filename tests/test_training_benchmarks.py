@@ -2,25 +2,22 @@
 
 import gzip
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import blog_training
+import dead_latents
 import numpy as np
+import one_buffer
 import pytest
+import sparsify_coder
 import torch
+import trainers
 from conftest import HOOK, WORDS
 
 from sae_emotion_plugin import activation_store
 from sae_emotion_plugin.recipes import TextSource, TrainingRecipe
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import blog_training
-import dead_latents
-import one_buffer
-import sparsify_coder
-import trainers
 
 TINY = ["--batch-size", "32", "--held-out", "40", "--loss-tokens", "200"]
 
