@@ -26,7 +26,7 @@ from sae_emotion_plugin.recipes import TextSource, TrainingRecipe
 from sae_emotion_plugin.training import TrainedDictionary, dictionaries
 from sae_emotion_plugin.training.steps import TrainingDiverged
 from sae_emotion_plugin.training_sweeps import cells
-from sae_emotion_plugin.training_sweeps.design import SweepDesign, find_recipe
+from sae_emotion_plugin.training_sweeps.design import SweepDesign
 from sae_emotion_plugin.training_sweeps.laws import best_rates, scaling_laws, trends
 from sae_emotion_plugin.training_sweeps.results import SweepCell, TrainingSweep
 
@@ -242,7 +242,7 @@ def test_a_design_is_every_combination_of_its_values_around_the_recipe() -> None
     assert (first.name, last.name) == ("x1-k2-lr0.1-seed0", "x2-k4-lr0.2-seed5")
     assert replace(last.recipe, name=RECIPE.name, seed=0, lr=0.01) == RECIPE
     assert SweepDesign(RECIPE).ks == (2, 4, 8) and SweepDesign(RECIPE).l1s == ()
-    relu = find_recipe("blog-distilgpt2-mlp5")
+    relu = TrainingRecipe.read("blog-distilgpt2-mlp5")
     assert SweepDesign(relu).l1s == (2.0, 4.0, 8.0) and SweepDesign(relu).ks == ()
 
 
@@ -340,15 +340,17 @@ def test_the_defaults_of_the_command_are_those_of_the_design() -> None:
     from sae_emotion_plugin.training_sweeps.design import EXPANSIONS
 
     offered = {one.name: one.default for one in main.commands["sweep"].params}
-    usual = SweepDesign(find_recipe("embedded-sweep"))
+    usual = SweepDesign(TrainingRecipe.read("embedded-sweep"))
     assert tuple(map(float, str(offered["expansion"]).split(","))) == EXPANSIONS == usual.expansions
     assert (offered["tokens"], offered["seed"]) == (usual.tokens, "0")
 
 
 def test_a_design_loads_no_model_library() -> None:
     code = (
-        "import sys\nfrom sae_emotion_plugin.training_sweeps.design import SweepDesign, find_recipe\n"
-        "SweepDesign(find_recipe('embedded-sweep'))\n"
+        "import sys\n"
+        "from sae_emotion_plugin.recipes import TrainingRecipe\n"
+        "from sae_emotion_plugin.training_sweeps.design import SweepDesign\n"
+        "SweepDesign(TrainingRecipe.read('embedded-sweep'))\n"
         "print([name for name in ('torch', 'sae_lens') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -65,9 +65,10 @@ def sweep(
     same command goes on after an interruption. The defaults take about an hour on 2 CPU cores with the recipe
     embedded-sweep.
     """
-    from sae_emotion_plugin.training_sweeps.design import SweepDesign, find_recipe
+    from sae_emotion_plugin.recipes import TrainingRecipe
+    from sae_emotion_plugin.training_sweeps.design import SweepDesign
 
-    design = SweepDesign(find_recipe(recipe), expansion, k, l1, lr or (), seed, tokens)
+    design = SweepDesign(TrainingRecipe.read(recipe), expansion, k, l1, lr or (), seed, tokens)
 
     from sae_emotion_plugin.models import load_model
     from sae_emotion_plugin.recipe_sweep import sweep_recipe

@@ -1,10 +1,8 @@
 """`SweepDesign`: a base recipe and what is varied around it, as data. No torch."""
 
-import importlib.resources
 import itertools
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from sae_emotion_plugin.recipes import ARCHITECTURES, TrainingRecipe
@@ -105,24 +103,3 @@ class SweepDesign:
             **own,
             **counts,
         }
-
-
-def find_recipe(source: str | Path) -> TrainingRecipe:
-    """The training recipe of a YAML file, or of the name of one that comes with the package, such as `openai-topk`.
-
-    Raises:
-        FileNotFoundError: neither a file nor such a name.
-        ValueError: no training recipe.
-    """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return TrainingRecipe.read(path)
-    try:
-        folder = Path(str(importlib.resources.files("sae_emotion_plugin._recipes")))
-    except ModuleNotFoundError:
-        folder = Path(__file__).parents[2] / "recipes"  # run from a checkout that is not installed
-    # Studies lie beside them; a dictionary's width tells them apart.
-    shipped = {one.stem: one for one in sorted(folder.glob("*.yaml")) if "\nd_sae:" in one.read_text(encoding="utf-8")}
-    if str(source) not in shipped:
-        raise FileNotFoundError(f"no such recipe: {source} (valid: a YAML file, or {', '.join(shipped)})")
-    return TrainingRecipe.read(shipped[str(source)])
