@@ -91,6 +91,7 @@ def test_the_recipes_that_come_with_the_project_are_valid() -> None:
         "embedded-batchtopk": "batchtopk",
         "embedded-gemma": "topk",
         "embedded-jumprelu": "jumprelu",
+        "embedded-plain-text": "topk",
         "embedded-sweep": "openai-topk",
         "openai-topk": "openai-topk",
     }

@@ -144,7 +144,7 @@ def last_checkpoint(out: Path, made: TrainedDictionary) -> dict[str, torch.Tenso
     """The weights of the last checkpoint of the training that ended in this dictionary."""
     for folder in out.glob("checkpoints-*"):
         if folder.name == f"checkpoints-{activation_store.content_key(made.recipe.to_yaml(), key_of(out))}":
-            return load_file(max(folder.iterdir(), key=lambda path: int(path.name)) / "sae_weights.safetensors")
+            return load_file(max(folder.glob("[0-9]*"), key=lambda path: int(path.name)) / "sae_weights.safetensors")
     raise AssertionError("no checkpoint")
 
 
