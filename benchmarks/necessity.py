@@ -16,13 +16,12 @@ from pathlib import Path
 from sae_emotion_plugin.discovery.emotion_features import discover
 from sae_emotion_plugin.discovery.scores import FeatureScores
 from sae_emotion_plugin.emotion_texts import LabelledTexts, study_openings
-from sae_emotion_plugin.feature_roles.output_scores import steering_order
+from sae_emotion_plugin.feature_roles.output_scores import CANDIDATES, steering_order
 from sae_emotion_plugin.models import load_model
 from sae_emotion_plugin.plugin import DEFAULT_DICTIONARY, load_dictionary
 from sae_emotion_plugin.steering_studies.combinations import study_combinations
 from sae_emotion_plugin.steering_studies.necessity import necessity
 
-CANDIDATES = 20
 DOSES = (0.06, 0.12)
 
 

@@ -28,7 +28,8 @@ from sae_emotion_plugin.emotion_texts import LabelledTexts, without_overlap
 from sae_emotion_plugin.evidence.association import auroc
 from sae_emotion_plugin.evidence.calibration import Calibration
 from sae_emotion_plugin.evidence.roc import roc_points
-from sae_emotion_plugin.feature_roles.steering_ranks import CANDIDATES, SteeringRanks, steering_ranks
+from sae_emotion_plugin.feature_roles.output_scores import CANDIDATES
+from sae_emotion_plugin.feature_roles.steering_ranks import SteeringRanks, steering_ranks
 from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.pages.discovery_charts import RocCurve
 from sae_emotion_plugin.pages.discovery_content import DiscoveryContent

@@ -16,7 +16,7 @@ from sae_emotion_plugin.activations import mean_norm
 from sae_emotion_plugin.discovery.emotion_features import discover
 from sae_emotion_plugin.discovery.scores import FeatureScores
 from sae_emotion_plugin.emotion_texts import LabelledTexts, openings
-from sae_emotion_plugin.feature_roles.output_scores import EMOTION_WORDS, steering_order
+from sae_emotion_plugin.feature_roles.output_scores import CANDIDATES, EMOTION_WORDS, steering_order
 from sae_emotion_plugin.generation.continuations import Request, complete
 from sae_emotion_plugin.interventions.plans import SteeringPlan, dictionary_sha256
 from sae_emotion_plugin.judges.judge import valence
@@ -31,8 +31,6 @@ from sae_emotion_plugin.text_costs import is_degenerate
 
 UNITS = ("residual_norm", "raw")
 SHARES = ("each", "sum")
-CONSIDERED = 20
-"""Best features of an emotion by training AUROC, of which those that make its words likeliest are taken."""
 
 
 @dataclass(frozen=True)
@@ -252,8 +250,8 @@ def _discovered(
     if scores is None and recipe.scores:
         scores = FeatureScores.load(recipe.scores)
     if scores is None:
-        scores = discover(model, sae, LabelledTexts.bundled("en"), top=CONSIDERED, progress=progress).scores
-    candidates = [row.feature for row in scores.top(emotion, CONSIDERED)]
+        scores = discover(model, sae, LabelledTexts.bundled("en"), top=CANDIDATES, progress=progress).scores
+    candidates = [row.feature for row in scores.top(emotion, CANDIDATES)]
     return steering_order(model, sae, emotion, candidates, progress=progress)[: recipe.features_used]
 
 

@@ -1,12 +1,12 @@
 """Each number of a dashboard by another way, over dense codes of every position; and against SAEDashboard's output."""
 
 import gzip
-import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import dashboard_parity
 import numpy as np
 import pytest
 import torch
@@ -19,8 +19,7 @@ from sae_emotion_plugin.activations import canonical_hook
 from sae_emotion_plugin.dashboards.build import DashboardSettings, build_dashboards
 from sae_emotion_plugin.dashboards.types import Dashboards, FeatureDashboard
 
-ROOT = Path(__file__).parents[1]
-RECORDED = ROOT / "tests" / "data" / "sae_dashboard"
+RECORDED = Path(__file__).parent / "data" / "sae_dashboard"
 SETTINGS = DashboardSettings(n_bins=9, n_strongest=6, n_intervals=4, n_sampled=3, n_related=5)
 DEAD, LEAST = 5, 3
 """Features that fire nowhere, and on one token only."""
@@ -192,27 +191,22 @@ def test_the_logit_histogram_counts_every_token_of_the_vocabulary(seen: Seen, br
             assert WORDS[effect.token_id] == effect.token
 
 
-@pytest.fixture
-def parity(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The benchmark that compares with SAEDashboard."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("dashboard_parity")
-
-
 def recorded(folder: Path) -> list[dict[str, Any]]:
     return json.loads(gzip.decompress((folder / "features.json.gz").read_bytes()))["features"]
 
 
 @pytest.mark.parametrize("folder", sorted(RECORDED.iterdir()), ids=lambda folder: folder.name)
-def test_the_numbers_are_those_that_saedashboard_itself_gives(folder: Path, tmp_path: Path, parity: Any) -> None:
-    lines = list(parity.compared(folder, parity.our_dashboards(folder, tmp_path / "ours"), recorded(folder)))
+def test_the_numbers_are_those_that_saedashboard_itself_gives(folder: Path, tmp_path: Path) -> None:
+    lines = list(
+        dashboard_parity.compared(folder, dashboard_parity.our_dashboards(folder, tmp_path / "ours"), recorded(folder))
+    )
     assert len(lines) == (18 if folder.name.endswith(("bos", "eos")) else 24)
     assert [line for line in lines if not line.agrees] == []
 
 
-def test_every_number_that_saedashboard_gives_otherwise_is_told(tmp_path: Path, parity: Any) -> None:
+def test_every_number_that_saedashboard_gives_otherwise_is_told(tmp_path: Path) -> None:
     folder = RECORDED / "relu"
-    ours = parity.our_dashboards(folder, tmp_path / "ours")
+    ours = dashboard_parity.our_dashboards(folder, tmp_path / "ours")
     for name in (
         "frac_nonzero", "freq_hist_data_bar_values", "freq_hist_data_bar_heights", "logits_hist_data_bar_values",
         "logits_hist_data_bar_heights", "pos_str", "pos_values", "neg_str", "neg_values", "neuron_alignment_indices",
@@ -227,9 +221,9 @@ def test_every_number_that_saedashboard_gives_otherwise_is_told(tmp_path: Path, 
             value[0] = value[1] if isinstance(value[0], str) else value[0] + 3
         else:
             one[name] = value + 0.001
-        assert [line for line in parity.compared(folder, ours, features) if not line.agrees], name
+        assert [line for line in dashboard_parity.compared(folder, ours, features) if not line.agrees], name
     for name in ("values", "bin_max", "bin_contains"):
         features = recorded(folder)
         for row in features[0]["activations"]:
             row[name] = [value + 1 for value in row[name]] if name == "values" else row[name] + 0.01
-        assert [line for line in parity.compared(folder, ours, features) if not line.agrees], name
+        assert [line for line in dashboard_parity.compared(folder, ours, features) if not line.agrees], name

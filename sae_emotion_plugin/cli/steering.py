@@ -122,8 +122,9 @@ def steer(
     candidates: tuple[int, ...] = ()
     if scores is not None and emotion:
         from sae_emotion_plugin.discovery.scores import FeatureScores
+        from sae_emotion_plugin.feature_roles.output_scores import CANDIDATES
 
-        best = FeatureScores.load(scores).top(emotion, max(features_used, 20 if rank == "causal" else 1))
+        best = FeatureScores.load(scores).top(emotion, max(features_used, CANDIDATES if rank == "causal" else 1))
         candidates = tuple(row.feature for row in best)
 
     from sae_emotion_plugin.interventions.plans import SteeringPlan

@@ -6,11 +6,9 @@ from typing import Any
 
 from sae_emotion_plugin.activations import HookedModel
 from sae_emotion_plugin.discovery.scores import FeatureScores
-from sae_emotion_plugin.feature_roles.output_scores import EMOTION_WORDS, output_scores
+from sae_emotion_plugin.feature_roles.output_scores import CANDIDATES, EMOTION_WORDS, output_scores
 from sae_emotion_plugin.result_table import ResultTable
 
-CANDIDATES = 20
-"""Of an emotion's features, those that tell its texts best are asked what they do; `steer --emotion` asks as many."""
 SHOWN = 3
 """Rows of an emotion in the table."""
 

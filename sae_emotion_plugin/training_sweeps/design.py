@@ -47,12 +47,12 @@ class SweepDesign:
     def __post_init__(self) -> None:
         if self.recipe.reference is not None:
             raise ValueError(f"{self.recipe.name} is of a reference ({self.recipe.reference}): give a trained one's")
-        for axis, base in (("ks", self.recipe.k), ("l1s", self.recipe.l1_coefficient)):
-            if getattr(self, axis) is None:
-                usual = () if base is None else tuple(dict.fromkeys(max(1, round(base * s)) for s in SPARSITY))
-                if axis == "l1s" and base is not None:
-                    usual = tuple(base * one for one in SPARSITY)
-                object.__setattr__(self, axis, usual)
+        k, l1 = self.recipe.k, self.recipe.l1_coefficient
+        if self.ks is None:
+            usual = () if k is None else dict.fromkeys(max(1, round(k * one)) for one in SPARSITY)
+            object.__setattr__(self, "ks", tuple(usual))
+        if self.l1s is None:
+            object.__setattr__(self, "l1s", () if l1 is None else tuple(l1 * one for one in SPARSITY))
         for name in ("expansions", "ks", "l1s", "lrs", "seeds"):
             values = getattr(self, name)
             if twice := [one for one in values if values.count(one) > 1]:
