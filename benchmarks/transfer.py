@@ -1,6 +1,6 @@
 """Whether features chosen on GoEmotions tell emotions elsewhere: in film subtitles, in Korean, and apart from valence.
 
-    python benchmarks/transfer.py --texts FOLDER [--dictionary NAME] [--train 8000] [--work transfer]
+    python benchmarks/transfer.py --texts FOLDER [--dictionary NAME] [--train 8000]
 
 FOLDER holds goemotions/, goemotions_ko/, xed_en/, kote/ and emobank/ as JSON Lines. Printed are: the methods fitted on
 GoEmotions and scored on XED; the features chosen on GoEmotions beside XED's own, on all and on keyword-free texts; the
@@ -70,7 +70,8 @@ def main() -> None:
     codes, vectors = encoded(train), dense(train)
     xed = part("xed_en/train.jsonl.gz")
     scores, keywords = chosen(train, codes, dev), emotion_keywords(train, SHARED)
-    methods, _ = compare_methods(codes, vectors, train, encoded(xed), dense(xed), xed, emotions=SHARED)
+    settings: dict[str, Any] = {"emotions": SHARED, "cache": cache_folder() / "codes"}
+    methods, _ = compare_methods(codes, vectors, train, encoded(xed), dense(xed), xed, **settings)
     on_xed = transfer(scores, encoded(xed), xed, names=GOEMOTIONS_TO_XED, keywords=keywords)
     print("fitted on GoEmotions, scored on XED\n", methods, "\n\n", on_xed, sep="")
 

@@ -140,7 +140,8 @@ def examine(
         margins: over reference dictionaries, measured before (`reference_margins`).
         ratings: texts with ratings, with which the best features are correlated (`rating_correlations`).
         others: other corpora by name, on which the best features are scored (`transfer`).
-        cache: a folder that keeps codes and pooled activations: an interrupted run goes on, a second one only reads.
+        cache: a folder that keeps codes, pooled activations and fitted methods: an interrupted run goes on, and a
+            second one only reads them.
     """
     scores, chosen = found.scores, found.scores.emotions
     pooling: Pooling = scores.meta["pooling"]
@@ -181,6 +182,7 @@ def examine(
                 permutations=permutations,
                 skip_rare=True,
                 seed=seed,
+                progress=progress,
             ),
         )
     if candidates:
@@ -279,6 +281,7 @@ def _compared(
         emotions=emotions,
         methods=asked,
         seed=seed,
+        cache=cache,
         progress=progress,
     )
     inputs = ProbeInputs(labels=found.train.label_matrix(emotions), pooled={}, dense=dense, texts=found.train.texts)

@@ -224,3 +224,51 @@ def test_an_emotion_in_one_group_of_copies_is_refused_by_name() -> None:
     held_out = LabelledTexts(HELD_OUT[2].texts, tuple(rare[: len(HELD_OUT[2])]), HELD_OUT[2].ids)
     with pytest.raises(ValueError, match=r"too few texts for awe \(0 in"):
         compared((codes, vectors, copied), changed(HELD_OUT, texts=held_out), methods=("latent",))
+
+
+def refuse_to_fit(monkeypatch: pytest.MonkeyPatch, *refused: str) -> list[str]:
+    """Methods whose families are asked for from now on; a refused one interrupts."""
+    real, asked = method_comparison.method_families, []
+
+    def families(method: str, inputs: Any) -> Any:
+        asked.append(method)
+        if method in refused:
+            raise KeyboardInterrupt
+        return real(method, inputs)
+
+    monkeypatch.setattr(method_comparison, "method_families", families)
+    return asked
+
+
+def test_an_interrupted_comparison_goes_on_behind_the_last_method(
+    whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        refuse_to_fit(patch, METHODS[3])
+        compared(cache=tmp_path)
+    asked = refuse_to_fit(monkeypatch)
+    table, scores = compared(cache=tmp_path)
+    assert tuple(asked) == METHODS[3:]
+    assert table == whole[0] and all((scores[name] == whole[1][name]).all() for name in METHODS)
+    asked.clear()
+    again, _ = compared(cache=tmp_path)
+    assert again == table and not asked
+
+
+def test_what_was_kept_of_other_inputs_or_is_damaged_is_not_used(
+    whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = refuse_to_fit(monkeypatch)
+    compared(methods=("latent", "neuron"), cache=tmp_path)
+    asked.clear()
+    codes, vectors, texts = TRAIN
+    turned = {name: -values for name, values in vectors.items()}
+    swapped = LabelledTexts(texts.texts, texts.emotions[::-1], texts.ids)
+    changed: list[dict[str, Any]] = [{"train": (codes, turned, texts)}, {"train": (codes, vectors, swapped)}]
+    for options in [*changed, {"folds": 3}, {"seed": 5}, {"emotions": EMOTIONS[:1]}]:
+        compared(methods=("latent",), cache=tmp_path, **options)
+        assert asked.pop() == "latent" and not asked, options
+    for path in tmp_path.glob("*/neuron.safetensors"):
+        path.write_bytes(path.read_bytes()[:-9])
+    table, _ = compared(methods=("latent", "neuron"), cache=tmp_path)
+    assert asked == ["neuron"] and table.scores == tuple(row for row in whole[0].scores if row.method in table.methods)

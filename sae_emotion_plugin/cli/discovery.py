@@ -156,7 +156,7 @@ def discover(
 
     Beside the scores it writes a page, report.html, and what that shows as evidence.json: baselines on the same texts,
     specificity, what to steer with, a scan of the layers, the tests on permuted labels. Scores are written as soon as
-    they are there. An interrupted run goes on behind the texts that it encoded.
+    they are there. An interrupted run goes on behind the texts that it encoded and the methods that it fitted.
     """
     if scores_only and (report or margins or ratings or elsewhere):
         raise ValueError("--scores-only writes no page: give it without --report, --margins, --ratings and --transfer")

@@ -13,7 +13,10 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class OneLineErrors(click.Group):
-    """Shows what the user can mend as one line with exit code 2; any other error keeps its traceback."""
+    """Shows what the user can mend as one line with exit code 2; any other error keeps its traceback.
+
+    An interrupt is a line too, with the exit code 130 of shells.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -24,6 +27,9 @@ class OneLineErrors(click.Group):
             message = " ".join(str(error).split())
             click.echo(f"Error: {message}", err=True)
             ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted. Given again, the command goes on from what it has kept.", err=True)
+            ctx.exit(130)
 
 
 def model_option(command: Command) -> Command:

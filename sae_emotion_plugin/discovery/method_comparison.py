@@ -17,6 +17,7 @@ import scipy.sparse
 from jaxtyping import Bool, Float, Int
 from tqdm.auto import tqdm
 
+from sae_emotion_plugin.discovery.kept_methods import KeptMethods
 from sae_emotion_plugin.discovery.probes import (
     METHODS,
     Family,
@@ -195,6 +196,7 @@ def compare_methods(
     seed: int = 0,
     groups: np.ndarray | Sequence[Hashable] | None = None,
     resamples: int = 1_000,
+    cache: str | Path | None = None,
     progress: bool = True,
 ) -> tuple[MethodTable, dict[str, Float[np.ndarray, "held_out emotion"]]]:
     """Returns the table of all methods, and each method's scores of the held-out texts, [text, emotion], for curves.
@@ -208,6 +210,8 @@ def compare_methods(
         dense: the residual vectors of the same texts at the dictionary's hook, by pooling.
         margin: what a method may lose against another and still count as not worse.
         groups: what varies independently, a name for each held-out text; by default groups of near-duplicates.
+        cache: a folder that keeps what each method chose and scored: an interrupted comparison goes on behind the last
+            method that was done, and a second one fits nothing.
 
     Raises:
         ValueError: codes or vectors of other texts, widths or poolings that differ, vectors that are not finite,
@@ -236,16 +240,14 @@ def compare_methods(
     parts = _folds(labels, np.asarray(texts.duplicate_groups), chosen, folds, seed)
     train_rows, held_out_rows = np.arange(len(texts)), np.arange(len(texts), len(inputs.texts))
     ledger, choices, fitted = Ledger(), {}, {}
+    kept = None if cache is None else KeptMethods(cache, inputs, parts)
     for method in tqdm(methods, desc="methods", disable=not progress):
-        families = method_families(method, inputs)
-        choices[method] = _choice(families, labels, parts)
-        ((fit, value),) = (
-            (family.fit, value)
-            for family in families
-            for setting, value in family.settings.items()
-            if setting_name(family, setting) == choices[method].name
-        )
-        (fitted[method],) = fit(train_rows, held_out_rows, [value])
+        done = kept.read(method) if kept else None
+        if done is None:
+            done = _fitted(method_families(method, inputs), labels, parts, train_rows, held_out_rows)
+            if kept:
+                kept.write(method, *done)
+        choices[method], fitted[method] = done
         part = HeldOut(f"held-out texts, {method}", held_out_labels, ledger)
         part.score(f"{method}: {choices[method].name}", fitted[method].scores, _mean_auroc)
         ledger = part.ledger
@@ -279,6 +281,25 @@ def compare_methods(
         "ledger": ledger.to_dict(),
     }
     return MethodTable(meta, tuple(scores), tuple(differences)), {name: own.scores for name, own in fitted.items()}
+
+
+def _fitted(
+    families: Sequence[Family],
+    labels: Bool[np.ndarray, "text emotion"],
+    parts: Sequence[Rows],
+    rows: Rows,
+    scored: Rows,
+) -> tuple[Choice, Fitted]:
+    """What cross-validation chooses, and its fit on all `rows` with the scores of others."""
+    choice = _choice(families, labels, parts)
+    ((fit, value),) = (
+        (family.fit, value)
+        for family in families
+        for setting, value in family.settings.items()
+        if setting_name(family, setting) == choice.name
+    )
+    (fitted,) = fit(rows, scored, [value])
+    return choice, fitted
 
 
 def _choice(families: Sequence[Family], labels: Bool[np.ndarray, "text emotion"], parts: Sequence[Rows]) -> Choice:

@@ -192,6 +192,7 @@ def null_runs(
     permutations: int = 200,
     skip_rare: bool = False,
     seed: int = 0,
+    progress: bool = True,
 ) -> Calibration:
     """Returns how often the tests of `score_features` find something when the labels are permuted and mean nothing.
 
@@ -207,6 +208,7 @@ def null_runs(
         permutations=permutations,
         skip_rare=skip_rare,
         seed=seed,
+        progress=progress,
     )
 
 

@@ -3,7 +3,6 @@
 Arrays in, numbers out; no model, no text, no torch.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Bool, Float, Int
 from scipy.stats import binom, binomtest, poisson
+from tqdm.auto import tqdm
 
 from sae_emotion_plugin.evidence.association import ENTRIES_PER_CHUNK, benjamini_hochberg, common_enough
 from sae_emotion_plugin.evidence.stratified import (
@@ -22,8 +22,6 @@ from sae_emotion_plugin.evidence.stratified import (
     permutation_p,
     rank_scores,
 )
-
-logger = logging.getLogger(__name__)
 
 TAIL_THRESHOLDS = (1e-2, 1e-3, 1e-4, 1e-5)
 FIRING_BOUNDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 5_000)
@@ -126,6 +124,7 @@ def calibrate(
     fewest_firing: int = FEWEST_FIRING,
     skip_rare: bool = False,
     entries_per_chunk: int = ENTRIES_PER_CHUNK,
+    progress: bool = True,
 ) -> Calibration:
     """Returns how the tests of `stratified_mann_whitney` behave when whole rows of `labels` are permuted within strata.
 
@@ -159,6 +158,7 @@ def calibrate(
     firing = _Counts(permutations, len(FIRING_BOUNDS))
     label = _Counts(permutations, n_labels)
     n_tested = 0
+    bar = tqdm(total=n_features, desc="permuting labels", unit="feature", disable=not progress)
     for ranked in rank_scores(columns, strata, entries_per_chunk=entries_per_chunk):
         tested = ranked.fires >= fewest_firing
         n_tested += int(tested.sum())
@@ -172,7 +172,8 @@ def calibrate(
             histogram += np.histogram(p[smooth], bins=N_BINS, range=(0, 1))[0]
             firing.add(run, np.repeat(bins[fires], n_labels), p[fires].ravel())
             label.add(run, np.tile(np.arange(n_labels), int(tested.sum())), in_family.ravel())
-        logger.info("calibrated features %d to %d of %d", ranked.first, ranked.last - 1, n_features)
+        bar.update(ranked.last - ranked.first)
+    bar.close()
     n_tests = n_tested * n_labels
     found = sum(_any_discovery(np.concatenate(p), n_tests, level) for p in small)
     interval = binomtest(found, permutations).proportion_ci(0.95)
