@@ -29,7 +29,8 @@ def corpora(tmp_path: Path) -> tuple[str, str]:
 @pytest.mark.usefixtures("tiny")
 def test_discover_writes_scores_evidence_and_a_page(corpora: tuple[str, str], tmp_path: Path) -> None:
     out = tmp_path / "scores.json"
-    quick = ("--method", "latent", "--permutations", "0", "--no-layers")
+    (folder := tmp_path / "our-dictionary").mkdir()
+    quick = ("--method", "latent", "--permutations", "0", "--no-layers", "--dictionary", str(folder))
     result = run("discover", corpora[0], "--held-out", corpora[1], "-o", str(out), *quick)
     assert result.exit_code == 0, result.output
     best = FeatureScores.load(out)
@@ -37,7 +38,9 @@ def test_discover_writes_scores_evidence_and_a_page(corpora: tuple[str, str], tm
     assert "dense-probe" in result.stdout and "mean held-out AUROC of the best feature: " in result.stdout
     evidence = json.loads((tmp_path / "evidence.json").read_text(encoding="utf-8"))
     assert evidence["layers"] is None and evidence["specificity"]["rows"]
-    assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>") and "our-dictionary on train.jsonl" in page
+    assert str(tmp_path) not in page
 
 
 @pytest.mark.usefixtures("tiny")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from sae_emotion_plugin.cli.options import dictionary_option, json_option, model_option
+from sae_emotion_plugin.cli.options import dictionary_option, json_option, model_option, page_name
 from sae_emotion_plugin.files import check_folder
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def discover(
         found = examine(
             *(hooked, sae, discovery),
             **shared,
-            title=f"{dictionary} on {train.name}",
+            title=f"{page_name(dictionary)} on {train.name}",
             methods=methods or METHODS,
             permutations=permutations,
             candidates=candidates,

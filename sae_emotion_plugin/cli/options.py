@@ -50,6 +50,11 @@ def dictionary_option(command: Command) -> Command:
     )(command)
 
 
+def page_name(dictionary: str) -> str:
+    """What a page calls a dictionary: a folder or file by its own name, since others read the page."""
+    return Path(dictionary).resolve().name if Path(dictionary).exists() else dictionary
+
+
 def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(command)
 

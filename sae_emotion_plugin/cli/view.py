@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sae_emotion_plugin.cli.options import model_option
+from sae_emotion_plugin.cli.options import model_option, page_name
 
 if TYPE_CHECKING:
     from sae_emotion_plugin.dashboards.types import FeatureDashboard
@@ -51,8 +51,8 @@ def view(dictionary: str, out: Path, label_files: tuple[Path, ...], dashboard_fo
         out,
         labels,
         shown,
-        title=dictionary,
-        meta={"dictionary": dictionary, "labels by": sorted({one.author for one in labels if one.author}), **meta},
+        title=page_name(dictionary),
+        meta={"dictionary": page_name(dictionary), "labels by": sorted({one.author for one in labels if one.author}), **meta},
         links={feature: url for feature in features if (url := feature_url(neuronpedia, feature))},
     )
     click.echo(f"{len(features)} labelled {'feature' if len(features) == 1 else 'features'}: {out.resolve()}")
