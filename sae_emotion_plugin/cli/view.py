@@ -47,12 +47,13 @@ def view(dictionary: str, out: Path, label_files: tuple[Path, ...], dashboard_fo
     labels, neuronpedia = _labels(dictionary, label_files)
     features = sorted({one.feature for one in labels})
     shown, meta = _finished(dashboard_folder, features) if dashboard_folder else _made(dictionary, model, features)
+    name = page_name(dictionary)
     write_browser(
         out,
         labels,
         shown,
-        title=page_name(dictionary),
-        meta={"dictionary": page_name(dictionary), "labels by": sorted({one.author for one in labels if one.author}), **meta},
+        title=name,
+        meta={"dictionary": name, "labels by": sorted({one.author for one in labels if one.author}), **meta},
         links={feature: url for feature in features if (url := feature_url(neuronpedia, feature))},
     )
     click.echo(f"{len(features)} labelled {'feature' if len(features) == 1 else 'features'}: {out.resolve()}")
