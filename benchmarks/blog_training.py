@@ -19,6 +19,7 @@ from typing import Any
 
 from one_buffer import Buffer, open_buffer
 
+from sae_emotion_plugin.evaluation import Evaluation
 from sae_emotion_plugin.recipes import TextSource, TrainingRecipe
 from sae_emotion_plugin.tables import text_table
 
@@ -99,7 +100,9 @@ def _trained(buffer: Buffer, recipe: TrainingRecipe, loss_tokens: int) -> dict[s
     def make(folder: Path) -> Mapping[str, Any]:
         fitted = buffer.fit(recipe)
         fitted.save(folder)
-        report = buffer.report(folder, buffer.held_out, loss_tokens)
+        report = buffer.report(
+            folder, Evaluation(buffer.model, buffer.held_out, loss_tokens=loss_tokens, progress=False)
+        )
         curve = fitted.record["curve"]
         return {
             "losses": _losses(curve, recipe.steps or 0),

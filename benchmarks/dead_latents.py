@@ -18,6 +18,7 @@ from typing import Any
 
 from one_buffer import Buffer, open_buffer
 
+from sae_emotion_plugin.evaluation import Evaluation
 from sae_emotion_plugin.recipes import TrainingRecipe
 from sae_emotion_plugin.tables import text_table
 
@@ -51,9 +52,10 @@ def main() -> None:
     given |= {"dead_token_window": options.window} if options.window else {}
     recipe = replace(TrainingRecipe.read("openai-topk"), **given)
     buffer = open_buffer(recipe, options.texts, options.work, tokens=options.tokens, held_out=options.held_out)
+    evaluation = Evaluation(buffer.model, buffer.held_out, loss_tokens=options.loss_tokens, progress=False)
     rows = {}
     for arm in options.arms:
-        rows[arm] = _arm(buffer, arm, options.seed, options.loss_tokens)
+        rows[arm] = _arm(buffer, arm, options.seed, evaluation)
         print(f"{arm}: {rows[arm]['dead_share']:.1%} dead, FVU {rows[arm]['fvu']:.4f}", flush=True)
     columns = ("arm", "dead share", "dead, held out", *SHOWN)
     print(
@@ -80,7 +82,7 @@ def main() -> None:
     print(json.dumps({**settings, "arms": rows}))
 
 
-def _arm(buffer: Buffer, arm: str, seed: int, loss_tokens: int) -> dict[str, Any]:
+def _arm(buffer: Buffer, arm: str, seed: int, evaluation: Evaluation) -> dict[str, Any]:
     recipe = replace(buffer.recipe, seed=seed, **ARMS[arm])
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -88,7 +90,7 @@ def _arm(buffer: Buffer, arm: str, seed: int, loss_tokens: int) -> dict[str, Any
         fitted = buffer.fit(recipe)
         seconds = time.perf_counter() - started
         fitted.save(folder)
-        report = buffer.report(folder, buffer.held_out, loss_tokens)
+        report = buffer.report(folder, evaluation)
         # The points that have the cosines, about ten of them.
         points = [point for point in fitted.record["curve"] if "cosine_mean" in point]
         return {

@@ -10,7 +10,7 @@ import numpy as np
 from sae_lens import SAE
 
 from sae_emotion_plugin.activation_store import ActivationStore, collect
-from sae_emotion_plugin.evaluation import evaluate
+from sae_emotion_plugin.evaluation import Evaluation
 from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.models import load_model, model_identity
 from sae_emotion_plugin.recipes import TrainingRecipe
@@ -51,9 +51,9 @@ class Buffer:
             write_whole(done, json.dumps(make(folder), indent=1) + "\n")
         return json.loads(done.read_text(encoding="utf-8"))
 
-    def report(self, folder: Path, texts: list[str], loss_tokens: int) -> dict[str, Any]:
-        """The figures of the SAE saved in a folder on documents."""
-        found = evaluate(self.model, SAE.load_from_disk(folder), texts, loss_tokens=loss_tokens, progress=False)
+    def report(self, folder: Path, evaluation: Evaluation) -> dict[str, Any]:
+        """The figures of the SAE saved in a folder."""
+        found = evaluation.report(SAE.load_from_disk(folder))
         return {**asdict(found), "loss_recovered": found.loss_recovered}
 
 

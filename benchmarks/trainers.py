@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 
 from sae_emotion_plugin.activations import activation_batches
+from sae_emotion_plugin.evaluation import Evaluation
 from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.recipes import TrainingRecipe
 from sae_emotion_plugin.tables import text_table
@@ -54,7 +55,6 @@ class Design:
     steps: int
     window: int
     """Tokens after which a silent latent is dead."""
-    loss_tokens: int
     sparsify_python: Path | None
 
 
@@ -102,11 +102,11 @@ def main() -> None:
         options.batch_size,
         steps,
         options.window,
-        options.loss_tokens,
         options.sparsify_python,
     )
     choosing, reported = buffer.held_out[::2], buffer.held_out[1::2]
     vectors = torch.cat([batch.vectors for batch in activation_batches(buffer.model, choosing, recipe.hook_name)])
+    evaluation = Evaluation(buffer.model, reported, loss_tokens=options.loss_tokens, progress=False)
     found: dict[str, Any] = {}
     for trainer in trainers:
         tried = {
@@ -114,7 +114,7 @@ def main() -> None:
             for factor in options.factors
         }
         factor = min(tried, key=lambda one: tried[one])
-        rows = [_reported(buffer, Run(trainer, factor, seed), design, reported) for seed in options.seeds]
+        rows = [_reported(buffer, Run(trainer, factor, seed), design, evaluation) for seed in options.seeds]
         found[trainer] = {"factor": factor, "fvu_by_factor": tried, "seeds": rows}
         print(trainer, *(f"{row['fvu']:.4f}" for row in rows), flush=True)
     print(
@@ -129,6 +129,7 @@ def main() -> None:
     result = {
         **{key: value for key, value in asdict(design).items() if key != "sparsify_python"},
         "tokens": steps * design.batch_size,
+        "loss_tokens": options.loss_tokens,
         "held_out_documents": len(reported),
         "seeds": options.seeds,
         "differences": differences(found),
@@ -186,10 +187,10 @@ def _run(buffer: Buffer, run: Run, design: Design) -> Path:
     return buffer.work / name
 
 
-def _reported(buffer: Buffer, run: Run, design: Design, texts: list[str]) -> dict[str, Any]:
+def _reported(buffer: Buffer, run: Run, design: Design, evaluation: Evaluation) -> dict[str, Any]:
     folder = _run(buffer, run, design)
-    name = f"{_name(buffer, run, design)}-report-{len(texts)}-{design.loss_tokens}"
-    report = buffer.once(name, lambda _: buffer.report(folder, texts, design.loss_tokens))
+    name = f"{_name(buffer, run, design)}-report-{len(evaluation.texts)}-{evaluation.loss_tokens}"
+    report = buffer.once(name, lambda _: buffer.report(folder, evaluation))
     return {"seed": run.seed, **{key: report[key] for key in SHOWN}, "held_out_tokens": report["n_tokens"]}
 
 

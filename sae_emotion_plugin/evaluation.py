@@ -87,29 +87,84 @@ class DictionaryReport:
 def evaluate(
     model: HookedModel, sae: Any, texts: Sequence[str], *, loss_tokens: int = 10_000, progress: bool = True
 ) -> DictionaryReport:
-    """The report of a dictionary on documents.
+    """The report of a dictionary on documents; see `Evaluation` for that of several."""
+    return Evaluation(model, texts, loss_tokens=loss_tokens, progress=progress).report(sae)
 
-    Args:
-        texts: documents that the dictionary was not trained on.
-        loss_tokens: the cross-entropies are measured on about this many tokens, spread over the texts; the rest of the
-            report on all of them.
 
-    Raises:
-        ValueError: no texts, or an SAE that does not fit the model.
-    """
-    if len(texts) == 0:
-        raise ValueError("no texts to evaluate on: the list is empty")
-    hook_name = checked_hook(model, sae)
-    settings = token_settings(sae)
-    batches = activation_batches(model, texts, hook_name, progress=progress, **settings)
-    parts = [batch.vectors.float().cpu() for batch in batches]
+class Evaluation:
+    """Reports of dictionaries on the same documents: what the model makes of them by itself is read once for a hook."""
+
+    def __init__(
+        self, model: HookedModel, texts: Sequence[str], *, loss_tokens: int = 10_000, progress: bool = True
+    ) -> None:
+        """`texts` are held in memory, and so are their activations from the first report on.
+
+        Args:
+            texts: documents that the dictionaries were not trained on.
+            loss_tokens: the cross-entropies are measured on about this many tokens, spread over the texts; the rest of
+                a report on all of them.
+
+        Raises:
+            ValueError: no texts.
+        """
+        if len(texts) == 0:
+            raise ValueError("no texts to evaluate on: the list is empty")
+        self.model, self.texts, self.loss_tokens, self.progress = model, texts, loss_tokens, progress
+        self._reading: _Reading | None = None
+
+    def report(self, sae: Any) -> DictionaryReport:
+        """The report of a dictionary. ValueError for an SAE that does not fit the model, and texts without tokens."""
+        name, settings = canonical_hook(self.model, checked_hook(self.model, sae)), token_settings(sae)
+        if self._reading is None or (self._reading.hook, self._reading.settings) != (name, settings):
+            self._reading = _read(self.model, self.texts, name, settings, self.loss_tokens, self.progress)
+        return _report(self.model, sae, self._reading, self.progress)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What a model makes of texts without any dictionary."""
+
+    hook: str
+    settings: dict[str, Any]
+    """How the texts were cut: `context_size` and `prepend_bos`."""
+    n_documents: int
+    vectors: Float[Tensor, "token d_in"]
+    """The activations at the hook, without BOS."""
+    windows: list[TokenWindow]
+    """Those that cross-entropies are measured on."""
+    cross_entropy: float
+    cross_entropy_mean_ablated: float
+
+
+def _read(
+    model: HookedModel, texts: Sequence[str], hook: str, settings: dict[str, Any], loss_tokens: int, progress: bool
+) -> _Reading:
+    parts = [
+        batch.vectors.float().cpu() for batch in activation_batches(model, texts, hook, progress=progress, **settings)
+    ]
     if not parts:
         raise ValueError("no tokens to evaluate on: every text is empty")
     vectors = torch.cat(parts)
     mean = vectors.mean(0)
+    windows = _spread(tokenize(model, texts, **settings), loss_tokens)
+
+    def ablate(found: Tensor) -> Tensor:
+        return mean.to(found).expand_as(found)
+
+    losses = (_cross_entropy(model, hook, windows, change, progress) for change in (None, ablate))
+    return _Reading(hook, settings, len(texts), vectors, windows, *losses)
+
+
+def _report(model: HookedModel, sae: Any, reading: _Reading, progress: bool) -> DictionaryReport:
+    vectors = reading.vectors
+    mean = vectors.mean(0)
     error, deviation = torch.zeros(sae.cfg.d_in).double(), torch.zeros(sae.cfg.d_in).double()
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
     n_active = 0
+
+    def reconstruct(found: Tensor) -> Tensor:
+        return sae.decode(sae.encode(found.to(sae.device, sae.dtype))).to(found)
+
     with torch.inference_mode(), flat_heads(sae):
         for chunk in vectors.split(max(1, CHUNK_ENTRIES // sae.cfg.d_sae)):
             codes = sae.encode(chunk.to(sae.device, sae.dtype))
@@ -118,12 +173,11 @@ def evaluate(
             deviation += (chunk - mean).double().square().sum(0)
             fired |= (codes > 0).any(0).cpu()
             n_active += int((codes > 0).sum())
+        spliced = _cross_entropy(model, reading.hook, reading.windows, reconstruct, progress)
     largest = int(deviation.argmax())
     rest = torch.arange(len(deviation)) != largest
-    windows = tokenize(model, texts, **settings)
-    losses = _cross_entropies(model, sae, hook_name, _spread(windows, loss_tokens), mean, progress)
     return DictionaryReport(
-        n_documents=len(texts),
+        n_documents=reading.n_documents,
         n_tokens=len(vectors),
         d_sae=sae.cfg.d_sae,
         fvu=float(error.sum() / deviation.sum()),
@@ -133,9 +187,9 @@ def evaluate(
         fvu_mean_over_dimensions=float((error / deviation).mean()),
         l0=n_active / len(vectors),
         dead=int((~fired).sum()),
-        cross_entropy=losses[0],
-        cross_entropy_spliced=losses[1],
-        cross_entropy_mean_ablated=losses[2],
+        cross_entropy=reading.cross_entropy,
+        cross_entropy_spliced=spliced,
+        cross_entropy_mean_ablated=reading.cross_entropy_mean_ablated,
         mean_norm=float(vectors.norm(dim=-1).double().mean()),
     )
 
@@ -154,7 +208,7 @@ def _spread(windows: list[TokenWindow], tokens: int) -> list[TokenWindow]:
     return windows[:: max(1, total // tokens)]
 
 
-def _equal_lengths(windows: list[TokenWindow], positions: int) -> list[list[TokenWindow]]:
+def _equal_lengths(windows: Sequence[TokenWindow], positions: int) -> list[list[TokenWindow]]:
     """Batches of windows of one length, so that nothing is padded, of at most `positions` tokens (or one window)."""
     batches: list[list[TokenWindow]] = []
     for window in sorted(windows, key=lambda window: len(window.token_ids)):
@@ -166,44 +220,33 @@ def _equal_lengths(windows: list[TokenWindow], positions: int) -> list[list[Toke
     return batches
 
 
-def _cross_entropies(
+def _cross_entropy(
     model: HookedModel,
-    sae: Any,
-    hook_name: str,
-    windows: list[TokenWindow],
-    mean: Float[Tensor, " d_in"],
+    hook: str,
+    windows: Sequence[TokenWindow],
+    change: Callable[[Tensor], Tensor] | None,
     progress: bool,
-) -> tuple[float, float, float]:
-    """Mean nats a token: untouched, with reconstructions spliced in, with the mean in every place."""
-    name = canonical_hook(model, hook_name)
-
-    def reconstruct(vectors: Tensor) -> Tensor:
-        return sae.decode(sae.encode(vectors.to(sae.device, sae.dtype))).to(vectors)
-
-    def ablate(vectors: Tensor) -> Tensor:
-        return mean.to(vectors).expand_as(vectors)
-
-    def splice(change: Callable[[Tensor], Tensor], keep_first: bool) -> list[tuple[str, Any]]:
-        def hook_fn(tensor: Tensor, hook: Any) -> Tensor:
-            flat = tensor.flatten(start_dim=2)
-            changed = change(flat).clone()
-            if keep_first:
-                changed[:, 0] = flat[:, 0]
-            return changed.view_as(tensor)
-
-        return [(name, hook_fn)]
-
-    variants = [None, reconstruct, ablate]
-    sums, count = [0.0, 0.0, 0.0], 0
-    positions = max(1, LOGIT_ENTRIES // int(model.cfg.d_vocab))
-    with torch.inference_mode(), flat_heads(sae):
-        for batch in tqdm(_equal_lengths(windows, positions), desc="cross-entropy", unit="batch", disable=not progress):
+) -> float:
+    """Mean nats a token, with `change` made of every activation but BOS's at the hook; None: untouched."""
+    total, count = 0.0, 0
+    batches = _equal_lengths(windows, max(1, LOGIT_ENTRIES // int(model.cfg.d_vocab)))
+    with torch.inference_mode():
+        for batch in tqdm(batches, desc="cross-entropy", unit="batch", disable=not progress):
             rows = torch.tensor([window.token_ids for window in batch], device=model_device(model))
             count += rows.shape[0] * (rows.shape[1] - 1)
-            for index, change in enumerate(variants):
-                hooks = splice(change, batch[0].bos) if change else []
-                with model.hooks(fwd_hooks=hooks):
-                    sums[index] += float(token_losses(model, rows).double().sum())
+            with model.hooks(fwd_hooks=[(hook, _splice(change, batch[0].bos))] if change else []):
+                total += float(token_losses(model, rows).double().sum())
     if not count:
         raise ValueError("no text has two tokens, so there is no cross-entropy to measure")
-    return sums[0] / count, sums[1] / count, sums[2] / count
+    return total / count
+
+
+def _splice(change: Callable[[Tensor], Tensor], keep_first: bool) -> Callable[..., Tensor]:
+    def hook_fn(tensor: Tensor, hook: Any) -> Tensor:
+        flat = tensor.flatten(start_dim=2)
+        changed = change(flat).clone()
+        if keep_first:
+            changed[:, 0] = flat[:, 0]
+        return changed.view_as(tensor)
+
+    return hook_fn

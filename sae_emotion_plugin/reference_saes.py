@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sae_emotion_plugin.activation_store import ActivationStore, collect
 from sae_emotion_plugin.emotion_texts import LabelledTexts
+from sae_emotion_plugin.evaluation import Evaluation
 from sae_emotion_plugin.models import model_identity
 from sae_emotion_plugin.recipes import REFERENCES, TrainingRecipe
 from sae_emotion_plugin.sparse_codes import CHUNK_ENTRIES, SparseCodes, encode_texts
@@ -257,7 +258,7 @@ def _random_directions(
     def save(path: Path) -> None:
         sae.save_model(path)
 
-    return write_dictionary(folder, recipe, model, held_out, save, provenance, **options)
+    return write_dictionary(folder, recipe, model, Evaluation(model, held_out, **options).report, save, provenance)
 
 
 def _kept(folder: Path, recipe: TrainingRecipe, provenance: dict[str, Any]) -> TrainedDictionary:

@@ -13,7 +13,7 @@ from sae_lens.saes.sae import SAEMetadata
 
 from sae_emotion_plugin import evaluation
 from sae_emotion_plugin.activations import canonical_hook, tokenize
-from sae_emotion_plugin.evaluation import DictionaryReport, evaluate, token_losses
+from sae_emotion_plugin.evaluation import DictionaryReport, Evaluation, evaluate, token_losses
 
 TEXTS = ["he is such a joy", "sad fear anger w1 w2 w3", "a", "w4 w5 w6 w7 w8 w9 w10", "he is w11 happy"]
 BOS = VOCABULARY["<bos>"]
@@ -210,6 +210,27 @@ def test_texts_that_cannot_be_evaluated_are_refused(bridge: Any, planted_sae: An
     without_bos.cfg.metadata.prepend_bos = False
     with pytest.raises(ValueError, match="no text has two tokens"):
         evaluate(bridge, without_bos, ["a", "he"], progress=False)
+
+
+def test_several_dictionaries_are_reported_on_one_reading(
+    bridge: Any, planted_sae: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saes = [planted_sae, silent_sae(), perfect_sae()]
+    alone = [evaluate(bridge, sae, TEXTS, progress=False) for sae in saes]
+    read: list[str] = []
+    real = evaluation.activation_batches
+
+    def counted(model: Any, texts: Any, hook_name: str, **options: Any) -> Any:
+        read.append(hook_name)
+        return real(model, texts, hook_name, **options)
+
+    monkeypatch.setattr(evaluation, "activation_batches", counted)
+    together = Evaluation(bridge, TEXTS, progress=False)
+    assert [together.report(sae) for sae in saes] == alone and len(read) == 1
+    # One that cuts texts in another way reads them anew.
+    own = silent_sae()
+    own.cfg.metadata.context_size = 8
+    assert together.report(own) == evaluate(bridge, own, TEXTS, progress=False) and len(read) == 3
 
 
 def test_a_saved_report_loads_as_it_was(bridge: Any, planted_sae: Any, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sae_emotion_plugin.evaluation import DictionaryReport, evaluate
+from sae_emotion_plugin.evaluation import DictionaryReport
 from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.models import model_identity
 from sae_emotion_plugin.recipes import TrainingRecipe
@@ -47,16 +47,14 @@ def write_dictionary(
     out_dir: Path,
     recipe: TrainingRecipe,
     model: Any,
-    held_out: list[str],
+    evaluated: Callable[[Any], DictionaryReport],
     save_weights: Callable[[Path], None],
     provenance: dict[str, Any],
-    *,
-    loss_tokens: int = 10_000,
-    progress: bool = True,
 ) -> TrainedDictionary:
     """The dictionary whose weights `save_weights` writes, with its report, recipe and provenance; whole or not at all.
 
     Args:
+        evaluated: the report on held-out documents of an SAE as it was saved.
         save_weights: writes `cfg.json` and `sae_weights.safetensors` into the folder that it is given.
         provenance: what is added to the model, the seed and the versions.
     """
@@ -66,12 +64,12 @@ def write_dictionary(
         save_weights(scratch)
         from sae_lens import SAE
 
-        report = evaluate(model, SAE.load_from_disk(scratch), held_out, loss_tokens=loss_tokens, progress=progress)
+        report = evaluated(SAE.load_from_disk(scratch))
         report.save(scratch / "report.json")
         (scratch / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         record = {
             "model": model_identity(model),
-            "held_out_documents": len(held_out),
+            "held_out_documents": report.n_documents,
             "versions": {
                 name: metadata.version(name) for name in ("sae-lens", "torch", "transformer-lens", "transformers")
             },

@@ -7,7 +7,7 @@ from typing import Any
 
 from sae_emotion_plugin.activation_store import collect, store_key
 from sae_emotion_plugin.activations import canonical_hook, model_device
-from sae_emotion_plugin.evaluation import evaluate
+from sae_emotion_plugin.evaluation import Evaluation
 from sae_emotion_plugin.models import model_identity
 from sae_emotion_plugin.recipes import TrainingRecipe
 from sae_emotion_plugin.training.checkpoints import begin_or_go_on
@@ -95,11 +95,9 @@ def train(
         out_dir,
         recipe,
         model,
-        held_out,
+        Evaluation(model, held_out, loss_tokens=loss_tokens, progress=progress).report,
         fitted.save,
         {"texts": sources, "training_tokens": len(store), "training": fitted.record},
-        loss_tokens=loss_tokens,
-        progress=progress,
     )
     begun.unlink(missing_ok=True)
     return trained
@@ -107,9 +105,10 @@ def train(
 
 def _loss_recovered(model: Any, held_out: list[str], loss_tokens: int) -> Callable[[Any], Mapping[str, float]]:
     texts = held_out[:: max(1, len(held_out) // MEASURED_DOCUMENTS)]
+    evaluation = Evaluation(model, texts, loss_tokens=loss_tokens, progress=False)
 
     def measure(sae: Any) -> Mapping[str, float]:
-        report = evaluate(model, sae, texts, loss_tokens=loss_tokens, progress=False)
+        report = evaluation.report(sae)
         return {"held_out_fvu": report.fvu, "loss_recovered": report.loss_recovered}
 
     return measure

@@ -5,12 +5,14 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from sae_emotion_plugin.activation_store import ActivationStore, content_key
 from sae_emotion_plugin.discovery.reference_margins import reference_margins
 from sae_emotion_plugin.emotion_texts import LabelledTexts
+from sae_emotion_plugin.evaluation import Evaluation
 from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.messages import first_line
 from sae_emotion_plugin.models import model_identity
@@ -42,6 +44,11 @@ class Shared:
     """Texts on which the best latent of each emotion is chosen."""
     scoring: LabelledTexts
     """Texts on which it is scored."""
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        """The held-out texts, which the model reads once for all cells."""
+        return Evaluation(self.model, self.held_out, loss_tokens=self.design.loss_tokens, progress=False)
 
     def key(self, cell: Cell) -> str:
         """A hash of all that the cell depends on, apart from versions."""
@@ -110,11 +117,9 @@ def _trained(cell: Cell, shared: Shared, folder: Path, work: Path, progress: boo
         folder,
         cell.recipe,
         shared.model,
-        shared.held_out,
+        shared.evaluation.report,
         fitted.save,
         provenance,
-        loss_tokens=shared.design.loss_tokens,
-        progress=progress,
     )
 
 
