@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="of the buffer, passed over again where steps need more; all")
     parser.add_argument("--l1", type=float, help="weight of the penalty; the recipe's by default")
     parser.add_argument("--lr", type=float, help="the recipe's by default")
+    parser.add_argument("--tied", action="store_true", help="start the encoder as the decoder's transpose")
     parser.add_argument("--expansion", type=int, default=8)
     parser.add_argument("--held-out", type=int, default=500)
     parser.add_argument("--loss-tokens", type=int, default=10_000)
@@ -53,6 +54,7 @@ def main() -> None:
         steps=options.steps,
         batch_size=options.batch_size,
         seed=options.seed,
+        tied_init=options.tied,
         **({} if options.l1 is None else {"l1_coefficient": options.l1}),
         **({} if options.lr is None else {"lr": options.lr}),
     )
@@ -83,7 +85,7 @@ def main() -> None:
     print(f"off_diag_mean: blog {low} to {high}, {their_null:.4f} for random rows of {PUBLISHED_WIDTH} dimensions")
     result = {
         "d_in": width,
-        **recipe.values("d_sae", "hook_name", "batch_size", "steps", "l1_coefficient", "lr", "seed"),
+        **recipe.values("d_sae", "hook_name", "batch_size", "steps", "l1_coefficient", "lr", "tied_init", "seed"),
         "buffer_tokens": len(buffer.store),
         "share_of_start": losses[str(options.steps - 1)] / losses["0"],
         "blog_share_of_start": PUBLISHED_LOSS[900] / PUBLISHED_LOSS[0],
@@ -118,7 +120,7 @@ def _trained(buffer: Buffer, recipe: TrainingRecipe, loss_tokens: int) -> dict[s
             "shrinkage": curve[-1]["shrinkage"],
         }
 
-    names = ("hook_name", "d_sae", "steps", "batch_size", "l1_coefficient", "lr", "seed")
+    names = ("hook_name", "d_sae", "steps", "batch_size", "l1_coefficient", "lr", "tied_init", "seed")
     parts = (*recipe.values(*names).values(), buffer.store.key)
     return buffer.once("-".join(map(str, parts)), make)
 

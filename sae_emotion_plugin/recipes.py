@@ -30,7 +30,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         **_LOOP,
         "ema_decay": 0.999,
     },
-    "relu-l1": {"l1_coefficient": NEEDED, "l1_warm_up_steps": 0, **_RESAMPLING, **_LOOP},
+    "relu-l1": {"l1_coefficient": NEEDED, "l1_warm_up_steps": 0, "tied_init": True, **_RESAMPLING, **_LOOP},
     "batchtopk": {"k": NEEDED, "aux_loss_coefficient": 1 / 32, **_LOOP},
     "jumprelu": {
         "l0_coefficient": NEEDED,

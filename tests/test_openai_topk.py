@@ -159,6 +159,17 @@ def test_without_a_tied_start_the_encoder_points_elsewhere_and_is_as_long() -> N
     assert abs(float(cosines.mean())) < 0.15 and 0.2 < float(cosines.std()) < 0.4
 
 
+def test_relu_features_start_tied_or_apart_and_as_long() -> None:
+    starts = {}
+    for tied in (True, False):
+        torch.manual_seed(0)
+        sae = ReluL1TrainingSAE(ReluL1TrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, tied_init=tied))
+        torch.testing.assert_close(sae.W_enc.data.norm(dim=0), torch.full((D_SAE,), 0.1))
+        starts[tied] = torch.nn.functional.cosine_similarity(sae.W_enc.data.T, sae.W_dec.data)
+    torch.testing.assert_close(starts[True], torch.ones(D_SAE))
+    assert abs(float(starts[False].mean())) < 0.15 and 0.2 < float(starts[False].std()) < 0.4
+
+
 def test_the_geometric_median_minimises_the_distances_and_shrugs_off_an_outlier() -> None:
     points = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
     points[0] = 1e4

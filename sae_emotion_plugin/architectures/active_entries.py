@@ -125,6 +125,13 @@ def make_unit_rows_(rows: Float[Tensor, "feature d_in"]) -> None:
     rows.div_(rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny))
 
 
+@torch.no_grad()
+def elsewhere(rows: Float[Tensor, "feature d_in"]) -> Float[Tensor, "feature d_in"]:
+    """Random rows as long as these, from torch's global generator: an encoder's start that is not tied to them."""
+    drawn = torch.randn_like(rows)
+    return drawn / drawn.norm(dim=-1, keepdim=True) * rows.norm(dim=-1, keepdim=True)
+
+
 def strongest(values: Float[Tensor, " entry"], active: Active, k: int) -> tuple[Float[Tensor, " kept"], Active]:
     """Of a selection of equally many entries for each token the k largest of each."""
     each = len(values) // max(1, active.n_tokens)

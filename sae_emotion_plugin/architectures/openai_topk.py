@@ -75,8 +75,7 @@ class OpenAITopKTrainingSAE(TopKTrainingSAE):
     def __init__(self, cfg: OpenAITopKTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
         if not cfg.tied_init:
-            other = torch.randn_like(self.W_dec)
-            self.W_enc.data = (other / other.norm(dim=-1, keepdim=True) * self.W_dec.norm(dim=-1, keepdim=True)).data.T
+            self.W_enc.data = active_entries.elsewhere(self.W_dec.data).T
         # In memory a row for each feature, as the decoder: so its gradient comes, and a feature is one piece.
         self.W_enc.data = self.W_enc.data.T.contiguous().T
 

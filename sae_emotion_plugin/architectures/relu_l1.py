@@ -23,6 +23,8 @@ class ReluL1TrainingSAEConfig(StandardTrainingSAEConfig):
     encoder_init_norm: float = 0.1
     """The encoder starts as the decoder's transpose times this: as its transpose, a wide one would rebuild each input
     several times over."""
+    tied_init: bool = True
+    """Without it the encoder starts at random directions of its own, as long, as the layers of a plain module do."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,7 +49,8 @@ class ReluL1TrainingSAE(StandardTrainingSAE):
     def __init__(self, cfg: ReluL1TrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
         self.constrain()
-        self.W_enc.data = (self.W_dec.data * cfg.encoder_init_norm).T
+        start = self.W_dec.data if cfg.tied_init else active_entries.elsewhere(self.W_dec.data)
+        self.W_enc.data = (start * cfg.encoder_init_norm).T
 
     def constrain(self) -> None:
         """Bring the decoder's rows to unit norm."""

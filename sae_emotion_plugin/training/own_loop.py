@@ -101,7 +101,7 @@ def training_sae(recipe: TrainingRecipe, d_in: int, metadata: Any) -> Any:
             names = ("k", "aux_loss_coefficient", "k_aux", "multi_topk", "multi_topk_weight", "tied_init")
             return OpenAITopKTrainingSAE(OpenAITopKTrainingSAEConfig(**common, **recipe.values(*names)))
         case "relu-l1":
-            names = ("l1_coefficient", "l1_warm_up_steps")
+            names = ("l1_coefficient", "l1_warm_up_steps", "tied_init")
             return ReluL1TrainingSAE(ReluL1TrainingSAEConfig(**common, **recipe.values(*names)))
         case "batchtopk":
             names = ("k", "aux_loss_coefficient")
