@@ -17,7 +17,7 @@ from sae_emotion_plugin.activation_store import ActivationStore, collect
 from sae_emotion_plugin.activations import activation_batches
 from sae_emotion_plugin.discovery.reference_margins import ReferenceMargins, reference_margins
 from sae_emotion_plugin.emotion_texts import LabelledTexts
-from sae_emotion_plugin.evaluation import DictionaryReport
+from sae_emotion_plugin.evaluation import DictionaryReport, Evaluation
 from sae_emotion_plugin.models import model_identity, weights_identity
 from sae_emotion_plugin.recipes import REFERENCES, TextSource, TrainingRecipe
 from sae_emotion_plugin.reference_saes import (
@@ -28,7 +28,7 @@ from sae_emotion_plugin.reference_saes import (
     train_references,
 )
 from sae_emotion_plugin.sparse_codes import encode_texts
-from sae_emotion_plugin.training import TrainedDictionary, dictionaries, recipe_documents, train
+from sae_emotion_plugin.training import TrainedDictionary, recipe_documents, train
 
 RECIPE = TrainingRecipe(
     name="tiny-emotion",
@@ -104,7 +104,7 @@ def make(model: Any, root: Path, out: Path, **options: Any) -> dict[str, Trained
 def made(planted: Any, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, TrainedDictionary]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TQDM_DISABLE", "1")
-        patch.setattr(dictionaries, "evaluate", lambda *_, **__: MADE_UP)
+        patch.setattr(Evaluation, "report", lambda *_: MADE_UP)
         yield make(planted, root, tmp_path_factory.mktemp("references") / "all")
 
 
@@ -159,7 +159,7 @@ def key_of(work: Path) -> str:
 def test_the_frozen_side_keeps_every_bit_of_its_start_and_the_rest_learns(
     kind: str, frozen: str, free: str, planted: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dictionaries, "evaluate", lambda *_, **__: MADE_UP)
+    monkeypatch.setattr(Evaluation, "report", lambda *_: MADE_UP)
     recipe = replace(RECIPE, reference=f"frozen-{kind}", epochs=2.0)
     trained = train(recipe, planted, root, tmp_path / "out", work_dir=tmp_path / "work", progress=False)
     start, end = first_weights(), last_checkpoint(tmp_path / "work", trained)
@@ -365,7 +365,7 @@ def test_what_is_complete_is_kept_and_what_was_interrupted_goes_on(
             raise Stop
         return MADE_UP
 
-    monkeypatch.setattr(dictionaries, "evaluate", stopping)
+    monkeypatch.setattr(Evaluation, "report", stopping)
     with pytest.raises(Stop):
         make(planted, root, tmp_path / "all")
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["frozen-decoder", "trained"]
@@ -387,7 +387,7 @@ def test_what_is_complete_is_kept_and_what_was_interrupted_goes_on(
 def test_only_the_kinds_asked_for_are_made_of_activations_collected_once(
     planted: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dictionaries, "evaluate", lambda *_, **__: MADE_UP)
+    monkeypatch.setattr(Evaluation, "report", lambda *_: MADE_UP)
     recipe = replace(RECIPE, epochs=0.2)
     found = make(
         planted, root, tmp_path / "some", recipe=recipe, kinds=("frozen-encoder",), work_dir=tmp_path / "elsewhere"
@@ -444,7 +444,7 @@ def test_the_command_makes_them_and_writes_margins_that_a_page_can_show(
 ) -> None:
     monkeypatch.setenv("SAE_EMOTION_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("sae_emotion_plugin.models.load_model", lambda name: planted)
-    monkeypatch.setattr(dictionaries, "evaluate", lambda *_, **__: MADE_UP)
+    monkeypatch.setattr(Evaluation, "report", lambda *_: MADE_UP)
     (tmp_path / "recipe.yaml").write_text(RECIPE.to_yaml(), encoding="utf-8")
     labelled(200, 2).save(tmp_path / "train.jsonl")
     out = tmp_path / "made"

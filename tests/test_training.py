@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from sae_emotion_plugin import activation_store, registry, training
 from sae_emotion_plugin.activations import activation_batches
-from sae_emotion_plugin.evaluation import DictionaryReport, evaluate
+from sae_emotion_plugin.evaluation import DictionaryReport, Evaluation, evaluate
 from sae_emotion_plugin.recipes import TextSource, TrainingRecipe
 from sae_emotion_plugin.training import (
     TrainedDictionary,
@@ -58,6 +58,9 @@ def sentence(rng: np.random.Generator) -> str:
     return " ".join(rng.choice(WORDS[4:], size=rng.integers(2, 12)))
 
 
+REPORT = Evaluation.report
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
@@ -84,8 +87,8 @@ def run(
 ) -> TrainedDictionary:
     """A training whose report is made up, unless it is to be `measured`, which takes longer than all the rest."""
     with pytest.MonkeyPatch.context() as patch:
-        if not measured and dictionaries.evaluate is evaluate:
-            patch.setattr(dictionaries, "evaluate", lambda *_, **__: MADE_UP)
+        if not measured and Evaluation.report is REPORT:
+            patch.setattr(Evaluation, "report", lambda *_: MADE_UP)
         return train(recipe, bridge, root, out, progress=False, **options)
 
 
@@ -327,7 +330,7 @@ def test_other_texts_are_not_trained_on_old_activations(
 
 
 @pytest.mark.parametrize(
-    ("module", "where"), [(dictionaries, "evaluate"), (spaces, "save_folded"), (dictionaries, "write_whole")]
+    ("module", "where"), [(Evaluation, "report"), (spaces, "save_folded"), (dictionaries, "write_whole")]
 )
 def test_a_failure_after_training_leaves_no_folder(
     module: Any, where: str, bridge: Any, root: Path, tmp_path: Path

@@ -14,16 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import HOOK, WORDS, labelled
 from test_cli import refused
 
 from sae_emotion_plugin import activation_store, recipe_sweep
 from sae_emotion_plugin.activations import activation_batches
-from sae_emotion_plugin.evaluation import DictionaryReport
+from sae_emotion_plugin.evaluation import DictionaryReport, Evaluation
 from sae_emotion_plugin.plugin import load_dictionary
 from sae_emotion_plugin.recipe_sweep import sweep_recipe
 from sae_emotion_plugin.recipes import TextSource, TrainingRecipe
-from sae_emotion_plugin.training import TrainedDictionary, dictionaries
+from sae_emotion_plugin.training import TrainedDictionary
 from sae_emotion_plugin.training.steps import TrainingDiverged
 from sae_emotion_plugin.training_sweeps import cells
 from sae_emotion_plugin.training_sweeps.design import SweepDesign
@@ -51,6 +52,15 @@ RECIPE = TrainingRecipe(
 )
 DESIGN = SweepDesign(RECIPE, (1.0, 2.0), ks=(4,), seeds=(1,), tokens=600, held_out_texts=10, loss_tokens=50)
 TEXTS = labelled(each=60, seed=0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """A process that was forked waits for ever for its parent's other threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +229,7 @@ def test_a_dictionary_that_is_silent_on_the_labelled_texts_has_no_auroc_and_says
         raise ValueError("no feature is active in any training text")
 
     made_up = DictionaryReport(1, 2, 64, 0.5, 0.5, 0, 0.1, 0.5, 4.0, 0, 1.0, 2.0, 3.0, 9.0)
-    monkeypatch.setattr(dictionaries, "evaluate", lambda *_, **__: replace(made_up, cross_entropy_spliced=float("inf")))
+    monkeypatch.setattr(Evaluation, "report", lambda *_: replace(made_up, cross_entropy_spliced=float("inf")))
     monkeypatch.setattr(cells, "reference_margins", silent)
     (row,) = run(bridge, root, tmp_path / "sweep", replace(DESIGN, expansions=(1.0,))).rows
     assert row.auroc is None and row.note == "no AUROC: no feature is active in any training text"
