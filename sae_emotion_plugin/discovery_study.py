@@ -15,7 +15,8 @@ from sae_emotion_plugin.discovery.absorption import Absorption, absorption
 from sae_emotion_plugin.discovery.emotion_features import Discovery, discover
 from sae_emotion_plugin.discovery.keywords import emotion_keywords
 from sae_emotion_plugin.discovery.layer_scan import LayerScan, scan_layers
-from sae_emotion_plugin.discovery.method_comparison import MethodTable, compare_methods
+from sae_emotion_plugin.discovery.method_comparison import compare_methods
+from sae_emotion_plugin.discovery.method_table import MethodTable
 from sae_emotion_plugin.discovery.probe_losses import LatentProbes, latent_probes
 from sae_emotion_plugin.discovery.probes import METHODS, ProbeInputs, cross_fitted_scores
 from sae_emotion_plugin.discovery.rating_correlations import RatingCorrelations, rating_correlations

@@ -14,7 +14,7 @@ from test_report import HOSTILE, LENS, Page, highlighted_texts
 
 from sae_emotion_plugin.discovery.absorption import Absorber, Absorption, AbsorptionRow
 from sae_emotion_plugin.discovery.layer_scan import LayerScan, LayerScore
-from sae_emotion_plugin.discovery.method_comparison import MethodDifference, MethodScore, MethodTable
+from sae_emotion_plugin.discovery.method_table import MethodDifference, MethodScore, MethodTable
 from sae_emotion_plugin.discovery.probe_losses import LatentProbe, LatentProbes
 from sae_emotion_plugin.discovery.rating_correlations import RatingCorrelation, RatingCorrelations
 from sae_emotion_plugin.discovery.reference_margins import ReferenceMargin, ReferenceMargins

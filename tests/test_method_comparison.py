@@ -8,7 +8,8 @@ from planted_codes import codes_of
 from scipy.stats import norm
 
 from sae_emotion_plugin.discovery import method_comparison
-from sae_emotion_plugin.discovery.method_comparison import MethodTable, compare_methods
+from sae_emotion_plugin.discovery.method_comparison import compare_methods
+from sae_emotion_plugin.discovery.method_table import MethodTable
 from sae_emotion_plugin.discovery.probes import METHODS
 from sae_emotion_plugin.emotion_texts import LabelledTexts
 from sae_emotion_plugin.evidence.association import auroc

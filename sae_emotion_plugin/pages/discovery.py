@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 
 from sae_emotion_plugin.discovery.layer_scan import LayerScan
-from sae_emotion_plugin.discovery.method_comparison import MethodTable
+from sae_emotion_plugin.discovery.method_table import MethodTable
 from sae_emotion_plugin.discovery.rating_correlations import RatingCorrelations
 from sae_emotion_plugin.discovery.reference_margins import MEAN
 from sae_emotion_plugin.discovery.scores import FeatureScores

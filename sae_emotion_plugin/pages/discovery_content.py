@@ -6,7 +6,7 @@ from typing import Any
 
 from sae_emotion_plugin.discovery.absorption import Absorption
 from sae_emotion_plugin.discovery.layer_scan import LayerScan
-from sae_emotion_plugin.discovery.method_comparison import MethodTable
+from sae_emotion_plugin.discovery.method_table import MethodTable
 from sae_emotion_plugin.discovery.probe_losses import LatentProbes
 from sae_emotion_plugin.discovery.rating_correlations import RatingCorrelations
 from sae_emotion_plugin.discovery.reference_margins import ReferenceMargins

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from sae_emotion_plugin.discovery.layer_scan import LayerScan
-from sae_emotion_plugin.discovery.method_comparison import MethodScore, MethodTable
+from sae_emotion_plugin.discovery.method_table import MethodScore, MethodTable
 from sae_emotion_plugin.discovery.rating_correlations import RatingCorrelations
 from sae_emotion_plugin.discovery.reference_margins import MEAN
 from sae_emotion_plugin.discovery.transfer import TransferTable
