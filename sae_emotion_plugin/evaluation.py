@@ -91,6 +91,19 @@ def evaluate(
     return Evaluation(model, texts, loss_tokens=loss_tokens, progress=progress).report(sae)
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """What a model makes of texts without any dictionary."""
+
+    vectors: Float[Tensor, "token d_in"]
+    """The activations at the hook, without BOS."""
+    mean: Float[Tensor, " d_in"]
+    windows: list[TokenWindow]
+    """Those that cross-entropies are measured on."""
+    cross_entropy: float
+    cross_entropy_mean_ablated: float
+
+
 class Evaluation:
     """Reports of dictionaries on the same documents: what the model makes of them by itself is read once for a hook."""
 
@@ -110,88 +123,65 @@ class Evaluation:
         if len(texts) == 0:
             raise ValueError("no texts to evaluate on: the list is empty")
         self.model, self.texts, self.loss_tokens, self.progress = model, texts, loss_tokens, progress
-        self._reading: _Reading | None = None
+        self._read: tuple[tuple[str, dict[str, Any]], _Reading] | None = None
+        """Where and how the texts were read last, and what was read."""
 
     def report(self, sae: Any) -> DictionaryReport:
         """The report of a dictionary. ValueError for an SAE that does not fit the model, and texts without tokens."""
-        name, settings = canonical_hook(self.model, checked_hook(self.model, sae)), token_settings(sae)
-        if self._reading is None or (self._reading.hook, self._reading.settings) != (name, settings):
-            self._reading = _read(self.model, self.texts, name, settings, self.loss_tokens, self.progress)
-        return _report(self.model, sae, self._reading, self.progress)
+        hook, settings = canonical_hook(self.model, checked_hook(self.model, sae)), token_settings(sae)
+        if self._read is None or self._read[0] != (hook, settings):
+            self._read = (hook, settings), self._reading(hook, settings)
+        reading = self._read[1]
+        vectors, mean = reading.vectors, reading.mean
+        error, deviation = torch.zeros(sae.cfg.d_in).double(), torch.zeros(sae.cfg.d_in).double()
+        fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
+        n_active = 0
 
+        def reconstruct(found: Tensor) -> Tensor:
+            return sae.decode(sae.encode(found.to(sae.device, sae.dtype))).to(found)
 
-@dataclass(frozen=True)
-class _Reading:
-    """What a model makes of texts without any dictionary."""
+        with torch.inference_mode(), flat_heads(sae):
+            for chunk in vectors.split(max(1, CHUNK_ENTRIES // sae.cfg.d_sae)):
+                codes = sae.encode(chunk.to(sae.device, sae.dtype))
+                rebuilt = sae.decode(codes).float().cpu()
+                error += (rebuilt - chunk).double().square().sum(0)
+                deviation += (chunk - mean).double().square().sum(0)
+                fired |= (codes > 0).any(0).cpu()
+                n_active += int((codes > 0).sum())
+            spliced = _cross_entropy(self.model, hook, reading.windows, reconstruct, self.progress)
+        largest = int(deviation.argmax())
+        rest = torch.arange(len(deviation)) != largest
+        return DictionaryReport(
+            n_documents=len(self.texts),
+            n_tokens=len(vectors),
+            d_sae=sae.cfg.d_sae,
+            fvu=float(error.sum() / deviation.sum()),
+            fvu_without_largest_dimension=float(error[rest].sum() / deviation[rest].sum()),
+            largest_dimension=largest,
+            largest_dimension_share=float(deviation[largest] / deviation.sum()),
+            fvu_mean_over_dimensions=float((error / deviation).mean()),
+            l0=n_active / len(vectors),
+            dead=int((~fired).sum()),
+            cross_entropy=reading.cross_entropy,
+            cross_entropy_spliced=spliced,
+            cross_entropy_mean_ablated=reading.cross_entropy_mean_ablated,
+            mean_norm=float(vectors.norm(dim=-1).double().mean()),
+        )
 
-    hook: str
-    settings: dict[str, Any]
-    """How the texts were cut: `context_size` and `prepend_bos`."""
-    n_documents: int
-    vectors: Float[Tensor, "token d_in"]
-    """The activations at the hook, without BOS."""
-    windows: list[TokenWindow]
-    """Those that cross-entropies are measured on."""
-    cross_entropy: float
-    cross_entropy_mean_ablated: float
+    def _reading(self, hook: str, settings: dict[str, Any]) -> _Reading:
+        batches = activation_batches(self.model, self.texts, hook, progress=self.progress, **settings)
+        parts = [batch.vectors.float().cpu() for batch in batches]
+        if not parts:
+            raise ValueError("no tokens to evaluate on: every text is empty")
+        vectors = torch.cat(parts)
+        mean = vectors.mean(0)
+        windows = _spread(tokenize(self.model, self.texts, **settings), self.loss_tokens)
 
+        def ablate(found: Tensor) -> Tensor:
+            return mean.to(found).expand_as(found)
 
-def _read(
-    model: HookedModel, texts: Sequence[str], hook: str, settings: dict[str, Any], loss_tokens: int, progress: bool
-) -> _Reading:
-    parts = [
-        batch.vectors.float().cpu() for batch in activation_batches(model, texts, hook, progress=progress, **settings)
-    ]
-    if not parts:
-        raise ValueError("no tokens to evaluate on: every text is empty")
-    vectors = torch.cat(parts)
-    mean = vectors.mean(0)
-    windows = _spread(tokenize(model, texts, **settings), loss_tokens)
-
-    def ablate(found: Tensor) -> Tensor:
-        return mean.to(found).expand_as(found)
-
-    losses = (_cross_entropy(model, hook, windows, change, progress) for change in (None, ablate))
-    return _Reading(hook, settings, len(texts), vectors, windows, *losses)
-
-
-def _report(model: HookedModel, sae: Any, reading: _Reading, progress: bool) -> DictionaryReport:
-    vectors = reading.vectors
-    mean = vectors.mean(0)
-    error, deviation = torch.zeros(sae.cfg.d_in).double(), torch.zeros(sae.cfg.d_in).double()
-    fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
-    n_active = 0
-
-    def reconstruct(found: Tensor) -> Tensor:
-        return sae.decode(sae.encode(found.to(sae.device, sae.dtype))).to(found)
-
-    with torch.inference_mode(), flat_heads(sae):
-        for chunk in vectors.split(max(1, CHUNK_ENTRIES // sae.cfg.d_sae)):
-            codes = sae.encode(chunk.to(sae.device, sae.dtype))
-            rebuilt = sae.decode(codes).float().cpu()
-            error += (rebuilt - chunk).double().square().sum(0)
-            deviation += (chunk - mean).double().square().sum(0)
-            fired |= (codes > 0).any(0).cpu()
-            n_active += int((codes > 0).sum())
-        spliced = _cross_entropy(model, reading.hook, reading.windows, reconstruct, progress)
-    largest = int(deviation.argmax())
-    rest = torch.arange(len(deviation)) != largest
-    return DictionaryReport(
-        n_documents=reading.n_documents,
-        n_tokens=len(vectors),
-        d_sae=sae.cfg.d_sae,
-        fvu=float(error.sum() / deviation.sum()),
-        fvu_without_largest_dimension=float(error[rest].sum() / deviation[rest].sum()),
-        largest_dimension=largest,
-        largest_dimension_share=float(deviation[largest] / deviation.sum()),
-        fvu_mean_over_dimensions=float((error / deviation).mean()),
-        l0=n_active / len(vectors),
-        dead=int((~fired).sum()),
-        cross_entropy=reading.cross_entropy,
-        cross_entropy_spliced=spliced,
-        cross_entropy_mean_ablated=reading.cross_entropy_mean_ablated,
-        mean_norm=float(vectors.norm(dim=-1).double().mean()),
-    )
+        losses = (_cross_entropy(self.model, hook, windows, change, self.progress) for change in (None, ablate))
+        return _Reading(vectors, mean, windows, *losses)
 
 
 def token_losses(model: HookedModel, tokens: Int[Tensor, "row position"]) -> Float[Tensor, "row position_minus_1"]:
@@ -208,7 +198,7 @@ def _spread(windows: list[TokenWindow], tokens: int) -> list[TokenWindow]:
     return windows[:: max(1, total // tokens)]
 
 
-def _equal_lengths(windows: Sequence[TokenWindow], positions: int) -> list[list[TokenWindow]]:
+def _equal_lengths(windows: list[TokenWindow], positions: int) -> list[list[TokenWindow]]:
     """Batches of windows of one length, so that nothing is padded, of at most `positions` tokens (or one window)."""
     batches: list[list[TokenWindow]] = []
     for window in sorted(windows, key=lambda window: len(window.token_ids)):
@@ -223,7 +213,7 @@ def _equal_lengths(windows: Sequence[TokenWindow], positions: int) -> list[list[
 def _cross_entropy(
     model: HookedModel,
     hook: str,
-    windows: Sequence[TokenWindow],
+    windows: list[TokenWindow],
     change: Callable[[Tensor], Tensor] | None,
     progress: bool,
 ) -> float:

@@ -23,14 +23,7 @@ from sae_emotion_plugin.training.loop import FiniteBatches, LoopSettings, fit
 from sae_emotion_plugin.training.steps import StepSettings, Trainer, TrainingDiverged
 
 KINDS = ["openai-topk", "relu-l1", "batchtopk", "jumprelu"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def assert_equal(ours: Any, theirs: Any) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import HOOK, WORDS, labelled
 from test_cli import refused
 
@@ -54,13 +53,7 @@ DESIGN = SweepDesign(RECIPE, (1.0, 2.0), ks=(4,), seeds=(1,), tokens=600, held_o
 TEXTS = labelled(each=60, seed=0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A process that was forked waits for ever for its parent's other threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
