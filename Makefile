@@ -45,8 +45,13 @@ format: $(VENV)/.test
 report/generations.json: | $(VENV)/.demo
 	$(BIN)/sae-emotion quickstart
 
+# `make bench TEXTS=FOLDER` also runs those that read a folder of corpora: hours.
+BENCHMARKS := association dashboard_parity dashboards discover encode generate load_openai masked_effects train
+WITH_TEXTS := blog_training dead_latents probe_tasks reference_saes trainers transfer
+
 bench: $(VENV)/.test report/generations.json
-	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	$(if $(TEXTS),for name in $(WITH_TEXTS); do $(BIN)/python benchmarks/$$name.py --texts "$(TEXTS)" || exit 1; done)
 
 readme: $(VENV)/.test
 	$(BIN)/python tests/readme_reference.py

@@ -61,6 +61,4 @@ def batches(job: dict[str, Any]) -> Iterator[torch.Tensor]:
 
 
 if __name__ == "__main__":
-    # `make bench` runs every file here: without a job there is nothing to do.
-    if len(sys.argv) > 1:
-        main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

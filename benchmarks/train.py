@@ -1,10 +1,11 @@
 """Training tokens a second: our loop and TopK step against SAELens's trainer and TopK SAE, interleaved in one run.
 
-    python benchmarks/train.py [--d-sae 6144 32768] [--batch 2048 1024] [--rounds 3]
+    python benchmarks/train.py [--d-sae 6144 32768] [--batch 2048 1024] [--rounds 3] [--compiled]
 
 A whole step each: forward, backward, clipping, Adam, the counters of dead features. Both train on the same activations
 with k = 32, tied unit-norm starts, AuxK at work only where a feature is dead (none is here), and no running mean.
-`openai_topk` is our class without Multi-TopK, which SAELens lacks; `openai_topk_whole` has that and the running mean.
+`openai_topk` is our class without Multi-TopK, which SAELens lacks; `openai_topk_whole` has that and the running mean;
+`openai_topk_compiled`, with `--compiled`, is the first with its losses through torch.compile.
 The last line is one JSON object; `ratio_<width>` is ours over SAELens's, each the fastest of its rounds, the smaller of
 the batch sizes' ratios.
 """
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--d-sae", type=int, nargs="+", default=[6144, 32768])
     parser.add_argument("--batch", type=int, nargs="+", default=[2048, 1024])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compiled", action="store_true")
     options = parser.parse_args()
     rates: dict[str, dict[str, float]] = {}
     result: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -41,7 +43,7 @@ def main() -> None:
             torch.manual_seed(0)
             # A few directions carry most of it, as in a model's activations.
             x = torch.randn(batch, options.d_in) * torch.logspace(0.5, -0.5, options.d_in)
-            found = _tokens_per_second(_steps(options.d_in, width, batch), x, options.rounds)
+            found = _tokens_per_second(_steps(options.d_in, width, batch, options.compiled), x, options.rounds)
             print(width, batch, {name: round(rate) for name, rate in found.items()}, flush=True)
             rates[f"{width}, batch {batch}"] = found
             ratios.append(found["openai_topk"] / found["sae_lens"])
@@ -62,14 +64,17 @@ def _tokens_per_second(
     return {name: len(x) / min(times[1:]) for name, times in seconds.items()}
 
 
-def _steps(d_in: int, d_sae: int, batch: int) -> dict[str, Callable[[torch.Tensor], Any]]:
+def _steps(d_in: int, d_sae: int, batch: int, compiled: bool) -> dict[str, Callable[[torch.Tensor], Any]]:
     theirs = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=K, decoder_init_norm=1.0))
     config = SAETrainerConfig(total_training_samples=1000 * batch, train_batch_size_samples=batch, lr=1e-4, lr_end=0.0)
     found: dict[str, Callable[[torch.Tensor], Any]] = {
         "sae_lens": SAETrainer(cfg=config, sae=theirs, data_provider=iter(())).step
     }
-    for name, weight, decay in (("openai_topk", 0.0, 0.0), ("openai_topk_whole", 1 / 8, 0.999)):
+    kinds = [("openai_topk", 0.0, 0.0), ("openai_topk_whole", 1 / 8, 0.999)]
+    for name, weight, decay in [*kinds, *([("openai_topk_compiled", 0.0, 0.0)] if compiled else [])]:
         ours = OpenAITopKTrainingSAE(OpenAITopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=K, multi_topk_weight=weight))
+        if name == "openai_topk_compiled":
+            ours.sparse_step = torch.compile(ours.sparse_step)
         found[name] = Trainer(ours, StepSettings(steps=1000, lr=1e-4, ema_decay=decay)).step
     return found
 

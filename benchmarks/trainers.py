@@ -77,6 +77,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("trainers"))
     parser.add_argument("--trainers", nargs="+", choices=[*OURS, *THEIRS], default=[*OURS, *THEIRS])
     parser.add_argument("--tokens", type=int, default=500_000)
+    parser.add_argument(
+        "--all-texts",
+        action="store_true",
+        help="draw them from all texts, as dead_latents.py has them",
+    )
     parser.add_argument("--d-sae", type=int, default=4096)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=2048)
@@ -94,8 +99,11 @@ def main() -> None:
         batch_size=options.batch_size,
         dead_token_window=options.window,
     )
-    buffer = open_buffer(recipe, options.texts, options.work, tokens=options.tokens, held_out=options.held_out)
-    steps = buffer.recipe.steps or 0
+    collected = None if options.all_texts else options.tokens
+    buffer = open_buffer(recipe, options.texts, options.work, tokens=collected, held_out=options.held_out)
+    if len(buffer.store) < options.tokens:
+        parser.error(f"--tokens {options.tokens} are more than the {len(buffer.store)} of all texts")
+    steps = options.tokens // options.batch_size
     design = Design(
         options.d_sae,
         options.k,
@@ -129,6 +137,7 @@ def main() -> None:
     result = {
         **{key: value for key, value in asdict(design).items() if key != "sparsify_python"},
         "tokens": steps * design.batch_size,
+        "collected_tokens": len(buffer.store),
         "loss_tokens": options.loss_tokens,
         "held_out_documents": len(reported),
         "seeds": options.seeds,

@@ -152,7 +152,13 @@ def test_the_folder_holds_weights_recipe_report_and_provenance(root: Path, train
     assert (single["held_out_documents"], single["training_texts"]) == (8, 72)
     assert (novels["held_out_documents"], novels["training_texts"]) == (1, 70)
     assert provenance["held_out_documents"] == trained.report.n_documents == 18
-    assert provenance["versions"].keys() == {"sae-lens", "torch", "transformer-lens", "transformers"}
+    assert provenance["versions"].keys() == {
+        "sae-emotion-plugin",
+        "sae-lens",
+        "torch",
+        "transformer-lens",
+        "transformers",
+    }
     assert {path.stat().st_mode & 0o777 for path in trained.folder.iterdir()} == {0o644}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import blog_training
+import candidates
 import dead_latents
 import numpy as np
 import one_buffer
@@ -15,7 +16,7 @@ import pytest
 import sparsify_coder
 import torch
 import trainers
-from conftest import HOOK, WORDS
+from conftest import EMOTIONS, HOOK, WORDS, labelled
 
 from sae_emotion_plugin import activation_store
 from sae_emotion_plugin.recipes import TextSource, TrainingRecipe
@@ -79,6 +80,28 @@ def test_trainers_are_compared_with_a_rate_chosen_on_other_documents(
     mean, low, high = found["differences"]["topk - sae-lens"]["fvu"]
     assert mean == pytest.approx(np.mean([a["fvu"] - b["fvu"] for a, b in zip(ours, theirs, strict=True)]))
     assert low < mean < high
+
+
+@pytest.mark.slow
+def test_candidates_stand_beside_the_shipped_dictionary_and_random_directions(
+    texts: Path, emotional_sae: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emotional_sae.save_model(texts.parent / "shipped")
+    (texts / "goemotions").mkdir()
+    labelled(each=150, seed=0).save(path := texts.parent / "train.jsonl")
+    (texts / "goemotions" / "train.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    options = ["--tokens", "3000", "--shipped", str(texts.parent / "shipped"), "--emotions", *EMOTIONS]
+    found = run(candidates, texts, *options, capsys=capsys, monkeypatch=monkeypatch)
+    assert (found["d_sae"], found["k"], found["tokens"]) == (64, 4, 2976)
+    rows = found["dictionaries"]
+    assert list(rows) == ["shipped", "openai-topk", "embedded-gemma", "embedded-batchtopk"]
+    assert "over_shipped" not in rows["shipped"] and rows["shipped"]["auroc"] > 0.95  # its features were planted
+    for name in list(rows)[1:]:
+        mean, low, high = rows[name]["over_shipped"]
+        assert mean == pytest.approx(rows[name]["auroc"] - rows["shipped"]["auroc"]) and low <= mean <= high
+        assert rows[name]["fvu"] < rows["shipped"]["fvu"]  # a planted one rebuilds nothing
+    for row in rows.values():
+        assert row["over_random"][0] == pytest.approx(row["auroc"] - row["random_auroc"])
 
 
 def test_sparsify_gets_the_batches_that_the_others_get(tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ from sae_emotion_plugin.recipes import TrainingRecipe
 from sae_emotion_plugin.registry import RegistryEntry
 from sae_emotion_plugin.release_files import ReleaseFiles, install, trained_entry
 
+PACKAGES = ("sae-emotion-plugin", "sae-lens", "torch", "transformer-lens", "transformers")
+"""Whose versions a dictionary's provenance names."""
+
 
 @dataclass(frozen=True)
 class TrainedDictionary:
@@ -70,9 +73,7 @@ def write_dictionary(
         record = {
             "model": model_identity(model),
             "held_out_documents": report.n_documents,
-            "versions": {
-                name: metadata.version(name) for name in ("sae-lens", "torch", "transformer-lens", "transformers")
-            },
+            "versions": {name: metadata.version(name) for name in PACKAGES},
             "seed": recipe.seed,
             **({"reference": recipe.reference} if recipe.reference else {}),
             **provenance,
