@@ -364,6 +364,18 @@ def test_a_missing_text_file_leaves_nothing(bridge: Any, root: Path, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "path", ["../single.jsonl", "texts/../../single.jsonl", "/single.jsonl", "c:\\single.jsonl", ""]
+)
+def test_a_text_file_outside_the_folder_is_neither_read_nor_written(
+    path: str, bridge: Any, root: Path, tmp_path: Path
+) -> None:
+    outside = replace(RECIPE, texts=(*RECIPE.texts, TextSource(path, dataset="owner/texts")))
+    with pytest.raises(ValueError, match=r"texts: path is '.*'; valid: a relative path inside its folder"):
+        run(bridge, root, tmp_path / "tiny", outside)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_hook_that_the_model_lacks_leaves_nothing(bridge: Any, root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no hook 'blocks.9.hook_resid_post' .valid: blocks.0"):
         run(bridge, root, tmp_path / "tiny", replace(RECIPE, hook_name="blocks.9.hook_resid_post"))

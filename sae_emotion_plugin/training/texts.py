@@ -11,6 +11,7 @@ import numpy as np
 from sae_emotion_plugin.files import replacing
 from sae_emotion_plugin.messages import first_line
 from sae_emotion_plugin.recipes import TextSource, TrainingRecipe, read_documents
+from sae_emotion_plugin.registry import check_path
 
 BLOCK = 512
 """Texts that are tokenised at a time: of a large corpus a recipe may want the first few."""
@@ -19,7 +20,13 @@ BLOCK = 512
 def recipe_documents(
     recipe: TrainingRecipe, model: Any, root: Path
 ) -> tuple[list[str], list[str], list[dict[str, Any]]]:
-    """Training texts, held-out texts and the record of every file; whole documents on one side."""
+    """Training texts, held-out texts and the record of every file; whole documents on one side.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, too small or no text, or its path leads out of `root`.
+    """
+    for source in recipe.texts:
+        check_path("texts: path", source.path)
     rng = np.random.default_rng(recipe.seed)
     training: list[str] = []
     held_out: list[str] = []
