@@ -6,6 +6,9 @@ from typing import Any
 import click
 import pytest
 from readme_reference import README, commands, reference, updated
+from sae_lens import SAE
+
+from sae_emotion_plugin import LabelledTexts
 
 TEXT = README.read_text(encoding="utf-8")
 
@@ -74,6 +77,23 @@ def test_the_five_minute_tour_runs_as_it_stands(capsys: pytest.CaptureFixture[st
     assert "he is such a" in capsys.readouterr().out
     exec(compile(second, "README.md", "exec"), scope)
     assert scope["sae"].cfg.metadata.hook_name == "blocks.9.hook_resid_post"
+
+
+@pytest.mark.slow
+def test_a_dictionary_is_trained_on_texts_of_one_s_own_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = TEXT.split("## Training")[1]
+    found = [re.search(rf"```{kind}\n(.*?)```", training, re.DOTALL) for kind in ("yaml", "python")]
+    recipe, code = (match.group(1) for match in found if match is not None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "mine.txt").write_text("\n\n".join(LabelledTexts.bundled("en").texts[:250]))
+    (tmp_path / "mine.yaml").write_text(recipe)
+    scope: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert scope["trained"].report.d_sae == 2560 and "fvu" in capsys.readouterr().out
+    assert SAE.load_from_disk(tmp_path / "mine").cfg.architecture() == "topk"
 
 
 def test_files_linked_from_the_readme_exist() -> None:
