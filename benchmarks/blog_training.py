@@ -6,7 +6,8 @@ FOLDER holds nsmc/train.jsonl.gz, goemotions_ko/train.jsonl.gz and kote/val.json
 on the embedded model: the last block's MLP output, at eight times its width. The blog trained DistilGPT2 on another
 Korean data set with settings that it did not publish, so what can be compared is by which factor the loss falls, and
 how far the mean |cos| between decoder rows (`off_diag_mean`) is from that of random rows, sqrt(2 / (pi d)). Our loss is
-of activations of mean square 1 and holds the penalty, as the blog's does. The last line is one JSON object.
+of activations of mean square 1 and holds the penalty with its full weight from the first step. The last line is one
+JSON object; `share_of_start` is the loss over that of step 0, at the blog's steps and at the end.
 """
 
 import argparse
@@ -87,7 +88,7 @@ def main() -> None:
         "d_in": width,
         **recipe.values("d_sae", "hook_name", "batch_size", "steps", "l1_coefficient", "lr", "tied_init", "seed"),
         "buffer_tokens": len(buffer.store),
-        "share_of_start": losses[str(options.steps - 1)] / losses["0"],
+        "share_of_start": {step: loss / losses["0"] for step, loss in losses.items()},
         "blog_share_of_start": PUBLISHED_LOSS[900] / PUBLISHED_LOSS[0],
         "off_diag_mean_random": null,
         "blog_off_diag_mean": PUBLISHED_COSINES,
@@ -120,9 +121,7 @@ def _trained(buffer: Buffer, recipe: TrainingRecipe, loss_tokens: int) -> dict[s
             "shrinkage": curve[-1]["shrinkage"],
         }
 
-    names = ("hook_name", "d_sae", "steps", "batch_size", "l1_coefficient", "lr", "tied_init", "seed")
-    parts = (*recipe.values(*names).values(), buffer.store.key)
-    return buffer.once("-".join(map(str, parts)), make)
+    return buffer.once("blog", recipe.to_yaml(), buffer.held_out, loss_tokens, make=make)
 
 
 def _losses(curve: Sequence[Mapping[str, Any]], steps: int) -> dict[str, float]:

@@ -97,9 +97,8 @@ def _trained(buffer: Buffer, name: str, shipped: Any, seed: int) -> Any:
         fitted.save(folder)
         return {"dead": fitted.record["dead"]}
 
-    folder = "-".join(map(str, (name, seed, recipe.d_sae, recipe.k, recipe.steps, recipe.batch_size, buffer.store.key)))
-    buffer.once(folder, make)
-    return SAE.load_from_disk(buffer.work / folder)
+    buffer.once(name, recipe.to_yaml(), make=make)
+    return SAE.load_from_disk(buffer.folder(name, recipe.to_yaml()))
 
 
 def _add_aurocs(

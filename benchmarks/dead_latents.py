@@ -102,10 +102,7 @@ def _arm(buffer: Buffer, arm: str, seed: int, evaluation: Evaluation) -> dict[st
             "curve": [{name: point[name] for name in ("step", "fvu", "dead", "cosine_mean")} for point in points],
         }
 
-    name = "-".join(
-        str(part) for part in (arm, seed, recipe.d_sae, recipe.k, recipe.steps, recipe.batch_size, buffer.store.key)
-    )
-    return buffer.once(name, make)
+    return buffer.once(arm, recipe.to_yaml(), evaluation.texts, evaluation.loss_tokens, make=make)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from sae_lens import SAE
 
-from sae_emotion_plugin.activation_store import ActivationStore, collect
+from sae_emotion_plugin.activation_store import ActivationStore, collect, content_key
 from sae_emotion_plugin.evaluation import Evaluation
 from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.models import load_model, model_identity
@@ -42,9 +42,17 @@ class Buffer:
             return fit_by_sae_lens(recipe, self.store, self.model_name, self.work)
         return fit_by_loop(recipe, self.store, self.model_name, self.work, **options)
 
-    def once(self, name: str, make: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
-        """What `make` gave for an empty folder of that name, in this or an earlier run."""
-        folder = self.work / name
+    def folder(self, name: str, *decides: Any) -> Path:
+        """Where `once` keeps what it made."""
+        return self.work / f"{name}-{content_key(self.store.key, *decides)}"
+
+    def once(self, name: str, *decides: Any, make: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
+        """What `make` gave for an empty folder, in this or an earlier run.
+
+        Args:
+            decides: all that the result depends on beside the activations, as JSON can hold it.
+        """
+        folder = self.folder(name, *decides)
         done = folder / "result.json"
         if not done.is_file():
             folder.mkdir(parents=True, exist_ok=True)

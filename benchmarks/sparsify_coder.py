@@ -4,7 +4,8 @@
 
 `benchmarks/trainers.py` writes the job. The steps are those of sparsify's `Trainer` (1.3.3): the bias starts at the
 first batch's mean, decoder rows are brought to unit norm before a step, their gradient loses its parallel part, and the
-optimiser is schedule-free signum. That trainer itself takes a model and texts, not activations.
+optimiser is schedule-free signum, or Adam with linear warm-up and decay. That trainer itself takes a model and texts,
+not activations.
 """
 
 import json
@@ -22,13 +23,19 @@ def main(job: dict[str, Any]) -> None:
     from schedulefree import ScheduleFreeWrapper  # pyright: ignore[reportMissingImports]
     from sparsify import SparseCoder, SparseCoderConfig  # pyright: ignore[reportMissingImports]
     from sparsify.sign_sgd import SignSGD  # pyright: ignore[reportMissingImports]
+    from transformers import get_linear_schedule_with_warmup
 
     torch.manual_seed(job["seed"])
     space = load_file(job["space"])
     config = SparseCoderConfig(num_latents=job["d_sae"], k=job["k"])
     coder = SparseCoder(len(space["mean"]), config, dtype=torch.float32)
-    optimizer = ScheduleFreeWrapper(SignSGD(coder.parameters(), lr=job["lr"]), momentum=0.95)
-    optimizer.train()
+    schedule = None
+    if job["optimizer"] == "adam":
+        optimizer = torch.optim.Adam(coder.parameters(), lr=job["lr"])
+        schedule = get_linear_schedule_with_warmup(optimizer, job["lr_warm_up_steps"], job["steps"])
+    else:
+        optimizer = ScheduleFreeWrapper(SignSGD(coder.parameters(), lr=job["lr"]), momentum=0.95)
+        optimizer.train()
     for step, raw in zip(range(job["steps"]), batches(job), strict=False):
         x = (raw - space["mean"]) / space["scale"]
         if step == 0:
@@ -38,7 +45,10 @@ def main(job: dict[str, Any]) -> None:
         coder.remove_gradient_parallel_to_decoder_directions()
         optimizer.step()
         optimizer.zero_grad()
-    optimizer.eval()
+        if schedule is not None:
+            schedule.step()
+    if schedule is None:
+        optimizer.eval()
     out = Path(job["out"])
     partial = out.with_suffix(".partial")
     save_file({name: tensor.detach().contiguous() for name, tensor in coder.state_dict().items()}, partial)

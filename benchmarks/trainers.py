@@ -4,11 +4,13 @@
 
 Every trainer gets the same batches in the same order, of one buffer of activations of the embedded model, once. Each
 has its own defaults, apart from what they share (batch, k, width) and the learning rate: every trainer's own is
-multiplied by each of `--factors` with the first seed, and the best by FVU on one half of the held-out documents is
-taken for all seeds; the other half is reported. SAELens and sparsify run twice, on activations as they are, as their
-users have it, and centred and divided by one number, as ours are (`-centred`). SAELens gets our warm-up, decay and dead
-window too. sparsify's SparseCoder runs in its own environment (pip install eai-sparsify torch). A run that was done is
-not done again.
+multiplied by each of `--factors` with the first seed, and by three times more or less for as long as that is better;
+the best by FVU on one half of the held-out documents is taken for all seeds, the other half is reported. SAELens and
+sparsify run on activations as they are, as their users have it, and centred and divided by one number, as ours are
+(`-centred`). SAELens gets our warm-up, decay and dead window too. sparsify's SparseCoder runs in its own environment
+(pip install eai-sparsify torch), with its own optimiser, signum, and with the Adam that it offers (`-adam`). Its usual
+batch is 32 sequences, far more than 2,048 tokens: this says nothing of it at that size. A run that was done is not done
+again.
 
 The last line is one JSON object: for each trainer the figures of its seeds, and `differences` of ours minus theirs,
 mean and 95 % interval over seeds (paired, Student's t), FVU and loss recovered.
@@ -17,6 +19,7 @@ mean and 95 % interval over seeds (paired, Student's t), FVU and loss recovered.
 import argparse
 import itertools
 import json
+import math
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,11 +39,18 @@ from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.recipes import TrainingRecipe
 from sae_emotion_plugin.tables import text_table
 from sae_emotion_plugin.training.spaces import Fitted, TrainingSpace, finite_sample, sae_metadata, training_space
+from sae_emotion_plugin.training.steps import TrainingDiverged
 
-OURS = ("openai-topk", "topk")
-THEIRS = ("sae-lens", "sae-lens-centred", "sparsify", "sparsify-centred")
+OURS = {"openai-topk": "openai-topk", "topk": "embedded-gemma"}
+"""Recipes by the trainer's name."""
+THEIRS = ("sae-lens", "sae-lens-centred", "sparsify", "sparsify-centred", "sparsify-adam-centred")
 SHOWN = ("fvu", "fvu_without_largest_dimension", "fvu_mean_over_dimensions", "loss_recovered", "l0", "dead")
 SAE_LENS_LR = 3e-4
+SPARSIFY_LR = {"signum": 5e-3, "adam": 2e-4}
+"""Of 16,384 latents; they fall as the inverse root of the width."""
+RATE_STEP = 3.0
+MOST_RATES = 6
+"""Tried for a trainer; where the best is still the largest or smallest then, the result says so."""
 NORM_BATCHES = 10
 """That SAELens measures the mean norm on; they are trained on all the same."""
 
@@ -117,13 +127,14 @@ def main() -> None:
     evaluation = Evaluation(buffer.model, reported, loss_tokens=options.loss_tokens, progress=False)
     found: dict[str, Any] = {}
     for trainer in trainers:
-        tried = {
-            factor: fvu_of(_run(buffer, Run(trainer, factor, options.seeds[0]), design), vectors)
-            for factor in options.factors
-        }
+        tried = search(
+            options.factors,
+            lambda factor, trainer=trainer: _fvu(buffer, Run(trainer, factor, options.seeds[0]), design, vectors),
+        )
         factor = min(tried, key=lambda one: tried[one])
         rows = [_reported(buffer, Run(trainer, factor, seed), design, evaluation) for seed in options.seeds]
-        found[trainer] = {"factor": factor, "fvu_by_factor": tried, "seeds": rows}
+        at_edge = factor in (min(tried), max(tried))
+        found[trainer] = {"factor": factor, "at_edge": at_edge, "fvu_by_factor": tried, "seeds": rows}
         print(trainer, *(f"{row['fvu']:.4f}" for row in rows), flush=True)
     print(
         text_table(
@@ -145,6 +156,27 @@ def main() -> None:
         "trainers": found,
     }
     print(json.dumps(result))
+
+
+def search(factors: Sequence[float], fvu: Callable[[float], float]) -> dict[float, float]:
+    """The FVU of each factor, and of larger or smaller ones until the best has worse ones on both sides."""
+    tried = {factor: fvu(factor) for factor in factors}
+    while len(tried) < MOST_RATES:
+        best = min(tried, key=lambda one: tried[one])
+        if best not in (min(tried), max(tried)):
+            break
+        further = best * RATE_STEP if best == max(tried) else best / RATE_STEP
+        tried[further] = fvu(further)
+    return tried
+
+
+def _fvu(buffer: Buffer, run: Run, design: Design, vectors: torch.Tensor) -> float:
+    """Infinite where the training did not end well: such a rate is not taken."""
+    try:
+        found = fvu_of(_run(buffer, run, design), vectors)
+    except TrainingDiverged:
+        return math.inf
+    return found if math.isfinite(found) else math.inf
 
 
 def differences(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -178,48 +210,49 @@ def fvu_of(folder: Path, vectors: torch.Tensor) -> float:
     return error / float((vectors - vectors.mean(0)).double().square().sum())
 
 
-def _name(buffer: Buffer, run: Run, design: Design) -> str:
-    shared = (design.d_sae, design.k, design.batch_size, design.steps, design.window, buffer.store.key)
-    return "-".join(map(str, (run.trainer, f"{run.factor:g}", run.seed, *shared)))
+def _decides(run: Run, design: Design) -> list[Any]:
+    """All that a run depends on beside the activations."""
+    shared = [asdict(run), {key: value for key, value in asdict(design).items() if key != "sparsify_python"}]
+    own = _recipe(run, design).to_yaml() if run.trainer in OURS else [SAE_LENS_LR, SPARSIFY_LR, NORM_BATCHES]
+    return [*shared, own]
 
 
 def _run(buffer: Buffer, run: Run, design: Design) -> Path:
     """The folder of the trained SAE."""
-    name = _name(buffer, run, design)
 
     def make(folder: Path) -> Mapping[str, Any]:
         started = time.perf_counter()
         TRAINERS[run.trainer](buffer, run, design, folder)
         return {"seconds_since_last_start": round(time.perf_counter() - started, 1)}
 
-    buffer.once(name, make)
-    return buffer.work / name
+    buffer.once(run.trainer, *_decides(run, design), make=make)
+    return buffer.folder(run.trainer, *_decides(run, design))
 
 
 def _reported(buffer: Buffer, run: Run, design: Design, evaluation: Evaluation) -> dict[str, Any]:
     folder = _run(buffer, run, design)
-    name = f"{_name(buffer, run, design)}-report-{len(evaluation.texts)}-{evaluation.loss_tokens}"
-    report = buffer.once(name, lambda _: buffer.report(folder, evaluation))
+    decides = [*_decides(run, design), evaluation.texts, evaluation.loss_tokens]
+    report = buffer.once(f"{run.trainer}-report", *decides, make=lambda _: buffer.report(folder, evaluation))
     return {"seed": run.seed, **{key: report[key] for key in SHOWN}, "held_out_tokens": report["n_tokens"]}
 
 
-def _ours(recipe_name: str) -> Callable[[Buffer, Run, Design, Path], None]:
-    def train(buffer: Buffer, run: Run, design: Design, folder: Path) -> None:
-        recipe = TrainingRecipe.read(recipe_name)
-        recipe = replace(
-            recipe,
-            d_sae=design.d_sae,
-            k=design.k,
-            batch_size=design.batch_size,
-            dead_token_window=design.window,
-            epochs=None,
-            steps=design.steps,
-            lr=recipe.lr * run.factor,
-            seed=run.seed,
-        )
-        buffer.fit(recipe).save(folder)
+def _recipe(run: Run, design: Design) -> TrainingRecipe:
+    recipe = TrainingRecipe.read(OURS[run.trainer])
+    return replace(
+        recipe,
+        d_sae=design.d_sae,
+        k=design.k,
+        batch_size=design.batch_size,
+        dead_token_window=design.window,
+        epochs=None,
+        steps=design.steps,
+        lr=recipe.lr * run.factor,
+        seed=run.seed,
+    )
 
-    return train
+
+def _ours(buffer: Buffer, run: Run, design: Design, folder: Path) -> None:
+    buffer.fit(_recipe(run, design)).save(folder)
 
 
 def _space(buffer: Buffer, run: Run, centred: bool) -> TrainingSpace:
@@ -267,7 +300,7 @@ def _sae_lens(centred: bool) -> Callable[[Buffer, Run, Design, Path], None]:
     return train
 
 
-def _sparsify(centred: bool) -> Callable[[Buffer, Run, Design, Path], None]:
+def _sparsify(centred: bool, optimizer: str = "signum") -> Callable[[Buffer, Run, Design, Path], None]:
     def train(buffer: Buffer, run: Run, design: Design, folder: Path) -> None:
         space = _space(buffer, run, centred)
         save_file({"mean": space.mean, "scale": torch.tensor(space.scale)}, folder / "space.safetensors")
@@ -277,8 +310,9 @@ def _sparsify(centred: bool) -> Callable[[Buffer, Run, Design, Path], None]:
             "batch_size": design.batch_size,
             "steps": design.steps,
             "seed": run.seed,
-            # Its own choice for signum.
-            "lr": run.factor * 5e-3 / (design.d_sae / 2**14) ** 0.5,
+            "optimizer": optimizer,
+            "lr": run.factor * SPARSIFY_LR[optimizer] / (design.d_sae / 2**14) ** 0.5,
+            "lr_warm_up_steps": min(50, max(1, design.steps // 10)),
             "shards": [str(Path(shard.filename).resolve()) for shard in buffer.store.shards],
             "space": str((folder / "space.safetensors").resolve()),
             "out": str((folder / "coder.safetensors").resolve()),
@@ -310,12 +344,13 @@ def _as_sae_lens(buffer: Buffer, coder: dict[str, torch.Tensor], space: Training
 
 
 TRAINERS: dict[str, Callable[[Buffer, Run, Design, Path], None]] = {
-    "openai-topk": _ours("openai-topk"),
-    "topk": _ours("embedded-gemma"),
+    "openai-topk": _ours,
+    "topk": _ours,
     "sae-lens": _sae_lens(centred=False),
     "sae-lens-centred": _sae_lens(centred=True),
     "sparsify": _sparsify(centred=False),
     "sparsify-centred": _sparsify(centred=True),
+    "sparsify-adam-centred": _sparsify(centred=True, optimizer="adam"),
 }
 
 if __name__ == "__main__":

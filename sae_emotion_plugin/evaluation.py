@@ -45,6 +45,7 @@ class DictionaryReport:
     largest_dimension_share: float
     """Share of the variance that this one dimension carries."""
     fvu_mean_over_dimensions: float
+    """Of the dimensions that vary."""
     l0: float
     """Features that fire on a token, on average."""
     dead: int
@@ -122,6 +123,8 @@ class Evaluation:
         """
         if len(texts) == 0:
             raise ValueError("no texts to evaluate on: the list is empty")
+        if loss_tokens < 1:
+            raise ValueError(f"loss_tokens {loss_tokens} is below 1")
         self.model, self.texts, self.loss_tokens, self.progress = model, texts, loss_tokens, progress
         self._read: tuple[tuple[str, dict[str, Any]], _Reading] | None = None
         """Where and how the texts were read last, and what was read."""
@@ -159,7 +162,7 @@ class Evaluation:
             fvu_without_largest_dimension=float(error[rest].sum() / deviation[rest].sum()),
             largest_dimension=largest,
             largest_dimension_share=float(deviation[largest] / deviation.sum()),
-            fvu_mean_over_dimensions=float((error / deviation).mean()),
+            fvu_mean_over_dimensions=float((error / deviation)[deviation > 0].mean()),
             l0=n_active / len(vectors),
             dead=int((~fired).sum()),
             cross_entropy=reading.cross_entropy,

@@ -16,7 +16,7 @@ REFERENCES = ("frozen-decoder", "frozen-encoder", "random-directions", "shuffled
 """Kinds of reference dictionary; `reference_saes` makes them."""
 NEEDED = object()
 """Stands for the default of a key that has none."""
-_LOOP: dict[str, Any] = {"clip_norm": 1.0, "ema_decay": 0.0, "lr_reference_width": None}
+_LOOP: dict[str, Any] = {"clip_norm": 1.0, "adam_eps": 1e-8, "ema_decay": 0.0, "lr_reference_width": None}
 _RESAMPLING: dict[str, Any] = {"resampling": "none", "resample_every": None, "resample_below": 1e-5}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "topk": {"k": NEEDED, "aux_loss_coefficient": 1 / 32},
@@ -28,6 +28,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "multi_topk_weight": 1 / 8,
         "tied_init": True,
         **_LOOP,
+        "adam_eps": 6.25e-10,
         "ema_decay": 0.999,
     },
     "relu-l1": {"l1_coefficient": NEEDED, "l1_warm_up_steps": 0, "tied_init": True, **_RESAMPLING, **_LOOP},
@@ -43,7 +44,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 """The keys that an architecture uses beside those that all do, with their defaults; others are refused."""
 _POSITIVE = (
     *("epochs", "steps", "lr", "batch_size", "context_size", "dead_token_window", "k_aux", "multi_topk"),
-    *("resample_every", "resample_below", "clip_norm", "lr_reference_width", "jumprelu_bandwidth"),
+    *("resample_every", "resample_below", "clip_norm", "adam_eps", "lr_reference_width", "jumprelu_bandwidth"),
 )
 _NOT_NEGATIVE = (
     *("lr_warm_up_steps", "lr_decay_share", "aux_loss_coefficient", "seed", "multi_topk_weight", "l1_coefficient"),
@@ -155,6 +156,8 @@ class TrainingRecipe:
     """Thresholds at the start, in the same units."""
     clip_norm: float | None = None
     """Longest gradient of a step."""
+    adam_eps: float | None = None
+    """Adam's epsilon; gradients of features that hardly fire are so small that it decides how far they move."""
     ema_decay: float | None = None
     """The saved weights are a running mean with this decay; 0 saves the last ones."""
     lr_reference_width: int | None = None
@@ -172,10 +175,10 @@ class TrainingRecipe:
         self._fill_in()
         if math.isnan(self.lr):
             raise ValueError("missing key 'lr'")
-        if self.reference is not None and (self.reference not in REFERENCES or self.architecture != "topk"):
-            raise ValueError(
-                f"unknown reference {self.reference!r} (valid: {', '.join(REFERENCES)} of a topk recipe, or none)"
-            )
+        if self.reference is not None and self.reference not in REFERENCES:
+            raise ValueError(f"unknown reference {self.reference!r} (valid: {', '.join(REFERENCES)}, or none)")
+        if self.reference is not None and self.architecture != "topk":
+            raise ValueError(f"architecture {self.architecture!r} has no references (valid: topk)")
         if self.d_sae < 2:
             raise ValueError(f"d_sae {self.d_sae} is below 2")
         if self.k is not None and not 0 < self.k <= self.d_sae:
@@ -321,7 +324,12 @@ def _texts(path: Path, document_column: str | None) -> Iterator[tuple[str, str]]
                     row = json.loads(line)
                     if not isinstance(row["text"], str):
                         raise TypeError(f"text is {row['text']!r}")
+                    row["text"].encode()
                     yield str(row[document_column]) if document_column else "", row["text"]
+                except UnicodeEncodeError as error:
+                    # JSON can hold what no tokenizer takes.
+                    where = f"{path.name}, line {number}"
+                    raise ValueError(f"{where}: half a surrogate pair at character {error.start} of text") from error
                 except (json.JSONDecodeError, KeyError, TypeError) as error:
                     raise ValueError(
                         f"{path.name}, line {number}: no JSON object with its columns ({error!r})"

@@ -72,13 +72,16 @@ def train_references(
             raise ValueError(f"unknown reference {kind!r} (valid: {', '.join(REFERENCES)})")
     if recipe.reference is not None:
         raise ValueError(f"{recipe.name} is a reference itself ({recipe.reference}): give the trained one's recipe")
+    recipes = {TRAINED: recipe}
+    for kind in (kind for kind in REFERENCES if kind in kinds):
+        # Refused here, before the first of them trains for an hour, where the architecture has no such reference.
+        recipes[kind] = replace(recipe, name=f"{recipe.name}-{kind}", reference=kind)
     out_dir, text_root = Path(out_dir), Path(text_root)
     work = Path(work_dir) if work_dir else out_dir.with_name(out_dir.name + ".work")
     training, held_out, sources = recipe_documents(recipe, model, text_root)
     options: dict[str, Any] = {"loss_tokens": loss_tokens, "progress": progress}
     made: dict[str, TrainedDictionary] = {}
-    for name in (TRAINED, *(kind for kind in REFERENCES if kind in kinds)):
-        own = recipe if name == TRAINED else replace(recipe, name=f"{recipe.name}-{name}", reference=name)
+    for name, own in recipes.items():
         shuffled = name == "shuffled-weights"
         folder = out_dir / name
         if folder.exists():

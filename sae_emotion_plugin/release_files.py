@@ -134,9 +134,7 @@ def install(
     """
     folder, name = Path(folder), release.entry.release
     check_files(release)
-    packaged = registry.packaged_folder()
-    if (packaged / f"{name}.yaml").is_file() and packaged.resolve() != folder.resolve():
-        raise ValueError(f"the release {name!r} came with the plugin; valid: another name (--as)")
+    _check_not_packaged(name, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         there, path = registry.entries_in(folder).get(name, (None, None))
@@ -160,6 +158,14 @@ def install(
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return replace(entry, folder=folder.resolve())
+
+
+def check_free(release: str, sae_id: str, folder: str | Path) -> None:
+    """ValueError when `install` into `folder` would refuse any new dictionary of that release and id."""
+    _check_not_packaged(release, Path(folder))
+    entry, _ = registry.entries_in(Path(folder)).get(release, (None, None))
+    if entry is not None and sae_id in [sae.id for sae in entry.saes]:
+        raise ValueError(f"release {release!r} has a dictionary {sae_id!r} already: remove it or choose another name")
 
 
 def remove(name: str, folder: str | Path) -> RegistryEntry:
@@ -211,6 +217,12 @@ def stanza(entry: RegistryEntry, repo_id: str | None = None) -> str:
         "saes": [_without_none(asdict(sae)) for sae in entry.saes],
     }
     return yaml.safe_dump({entry.release: _without_none(values)}, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _check_not_packaged(release: str, folder: Path) -> None:
+    packaged = registry.packaged_folder()
+    if (packaged / f"{release}.yaml").is_file() and packaged.resolve() != folder.resolve():
+        raise ValueError(f"the release {release!r} came with the plugin; valid: another name (--as)")
 
 
 def _write(entry: RegistryEntry, folder: Path, old: Path | None) -> None:

@@ -156,7 +156,10 @@ def test_an_unknown_key_is_named_with_the_valid_ones(tmp_path: Path) -> None:
         ({**RELU, "l1_coefficient": -1}, "l1_coefficient -1.0 is negative"),
         ({"architecture": "openai-topk", "ema_decay": 1.0}, "ema_decay 1.0 would keep the first weights"),
         ({"architecture": "openai-topk", "k_aux": 0}, "k_aux 0 is not positive"),
-        ({"architecture": "openai-topk", "reference": "frozen-decoder"}, "unknown reference 'frozen-decoder'"),
+        (
+            {"architecture": "openai-topk", "reference": "frozen-decoder"},
+            "architecture 'openai-topk' has no references",
+        ),
         ({"steps": 5}, "give it or 'steps', and not both"),
         ({"epochs": None, "steps": 0}, "steps 0 is not positive"),
         ({"texts": [{"path": "a", "rows": 3}]}, "texts: rows of a is for a data set, and there is none"),

@@ -194,6 +194,23 @@ def test_a_doubling_adds_the_slope_that_groups_have_in_common() -> None:
     assert sum(one is not None and one.low <= 0.02 <= one.high for one in found) >= 270
 
 
+def test_points_of_one_width_that_err_together_are_no_more_evidence_than_one() -> None:
+    rng = np.random.default_rng(0)
+    xs, groups = np.repeat(WIDTHS, 3), ["a", "b", "c"] * 7
+    found = []
+    for _ in range(300):
+        shared = np.repeat(0.01 * rng.standard_normal(7), 3)
+        found.append(per_doubling(xs, 0.02 * np.log2(xs) + shared, groups))
+    covered = sum(one is not None and one.low <= 0.02 <= one.high for one in found)
+    assert 270 <= covered <= 297  # 95 % of 300; three times the points would have made it about 230
+    one, alone = (
+        per_doubling(xs, 0.02 * np.log2(xs) + shared, groups),
+        per_doubling(WIDTHS, 0.02 * np.log2(WIDTHS) + shared[::3]),
+    )
+    assert one is not None and alone is not None
+    assert (one.value, one.low, one.high) == pytest.approx((alone.value, alone.low, alone.high))
+
+
 def test_a_law_goes_through_json_and_back() -> None:
     for law in (fit_power_law(WIDTHS, WIDTHS**-0.5, resamples=20), fit_power_law([], [])):
         assert ScalingLaw.from_dict(json.loads(json.dumps(law.to_dict(), allow_nan=False))) == law

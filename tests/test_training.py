@@ -313,7 +313,7 @@ def test_a_run_interrupted_while_collecting_keeps_its_shards(
 def test_a_checkpoint_that_was_not_finished_is_not_used(
     bridge: Any, root: Path, trained: TrainedDictionary, tmp_path: Path
 ) -> None:
-    def half_written(checkpoint_path: Path | None) -> None:
+    def half_written(*_: Any) -> None:
         raise Stop
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):

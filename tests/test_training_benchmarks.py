@@ -73,7 +73,10 @@ def test_trainers_are_compared_with_a_rate_chosen_on_other_documents(
     found = run(trainers, texts, *options, "--seeds", "0", "1", capsys=capsys, monkeypatch=monkeypatch)
     assert list(found["trainers"]) == ["openai-topk", "topk", "sae-lens", "sae-lens-centred"]  # no --sparsify-python
     for one in found["trainers"].values():
-        assert one["factor"] == float(min(one["fvu_by_factor"], key=one["fvu_by_factor"].get))
+        tried = {float(factor): fvu for factor, fvu in one["fvu_by_factor"].items()}
+        assert one["factor"] == min(tried, key=lambda factor: tried[factor]) and {1.0, 3.0} <= set(tried)
+        # A best rate at an end of those tried is one that the search gave up on.
+        assert one["at_edge"] == (one["factor"] in (min(tried), max(tried))) <= (len(tried) == trainers.MOST_RATES)
         assert [row["seed"] for row in one["seeds"]] == [0, 1]
         assert all(0 < row["fvu"] < 1 and row["l0"] <= 4.01 for row in one["seeds"])
     ours, theirs = (found["trainers"][name]["seeds"] for name in ("topk", "sae-lens"))
@@ -104,6 +107,18 @@ def test_candidates_stand_beside_the_shipped_dictionary_and_random_directions(
         assert row["over_random"][0] == pytest.approx(row["auroc"] - row["random_auroc"])
 
 
+def test_rates_are_tried_until_the_best_has_worse_ones_on_both_sides() -> None:
+    asked: list[float] = []
+
+    def fvu(factor: float) -> float:
+        asked.append(factor)
+        return abs(factor - 27.0)
+
+    assert min(trainers.search([1 / 3, 1.0, 3.0], fvu), key=lambda one: abs(one - 27)) == 27.0
+    assert asked == [1 / 3, 1.0, 3.0, 9.0, 27.0, 81.0]
+    assert len(trainers.search([1.0, 3.0], lambda factor: factor)) == trainers.MOST_RATES  # ever smaller
+
+
 def test_sparsify_gets_the_batches_that_the_others_get(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     paths = [tmp_path / f"{i}.npy" for i in range(3)]
@@ -122,7 +137,8 @@ def test_the_blog_s_figures_stand_beside_ours(texts: Path, capsys: Any, monkeypa
     options = ("--steps", "210", "--hook", HOOK, "--l1", "0.1")
     found = run(blog_training, texts, *options, capsys=capsys, monkeypatch=monkeypatch)
     assert list(found["losses"]) == ["0", "100", "200", "209"] and found["d_sae"] == 8 * 32
-    assert found["share_of_start"] == found["losses"]["209"] / found["losses"]["0"] < 1
+    assert found["share_of_start"]["209"] == found["losses"]["209"] / found["losses"]["0"] < 1
+    assert list(found["share_of_start"]) == list(found["losses"]) and found["l1"][0] > 0  # the penalty is there at once
     assert found["blog_share_of_start"] == pytest.approx(0.34, abs=0.001)
     assert found["off_diag_mean_random"] == pytest.approx((2 / (np.pi * 32)) ** 0.5)
     assert found["cosine_mean"][0] == pytest.approx(found["off_diag_mean_random"], rel=0.03)

@@ -188,8 +188,8 @@ def train(
 ) -> None:
     """Train a dictionary by RECIPE (a YAML file, or a name such as openai-topk) into the folder OUT.
 
-    The same command goes on after an interruption. OUT has weights that plain SAELens loads, the report, the curves and
-    a page of both, report.html.
+    The same command goes on after an interruption, wherever it was. OUT has weights that plain SAELens loads, the
+    report, the curves and a page of both, report.html.
     """
     from sae_emotion_plugin.recipes import TrainingRecipe
 
@@ -198,19 +198,27 @@ def train(
     from sae_emotion_plugin.models import load_model
     from sae_emotion_plugin.pages.training import write_training_page
     from sae_emotion_plugin.registry import user_folder
-    from sae_emotion_plugin.training import register_dictionary
+    from sae_emotion_plugin.release_files import check_free
+    from sae_emotion_plugin.training import TrainedDictionary, register_dictionary
     from sae_emotion_plugin.training import train as run
 
-    trained = run(
-        chosen,
-        load_model(chosen.model),
-        texts,
-        out,
-        work_dir=work,
-        measure_steps=measure_steps,
-        checkpoint_steps=checkpoint_steps,
-        loggers=loggers,
-    )
+    if register:
+        check_free(chosen.name, chosen.sae_id, user_folder())
+    # A run that was killed behind its last step lacks the page and the registration alone.
+    finished = (out / "recipe.yaml").is_file() and not (out / "report.html").exists()
+    if finished and (trained := TrainedDictionary.load(out)).recipe == chosen:
+        click.echo(f"{out} was trained before: its page is made", err=True)
+    else:
+        trained = run(
+            chosen,
+            load_model(chosen.model),
+            texts,
+            out,
+            work_dir=work,
+            measure_steps=measure_steps,
+            checkpoint_steps=checkpoint_steps,
+            loggers=loggers,
+        )
     write_training_page(out / "report.html", trained)
     if register:
         register_dictionary(trained, user_folder())

@@ -262,20 +262,25 @@ def per_doubling(
 ) -> Estimate | None:
     """Returns what a doubling of x adds to the values, with Student's interval; None with too few points.
 
-    Each group has a level of its own; the slope is common to all. ValueError as `fit_power_law`.
+    Each group has a level of its own; the slope is common to all. Points of one x may err together (one start, one
+    order of batches), so what is counted are the xs and not the points. ValueError as `fit_power_law`.
     """
     xs, ys = np.log2(positive_values(x, "x")), checked_values(values, "values")
     names = [0] * len(xs) if groups is None else list(groups)
     if not len(xs) == len(ys) == len(names):
         raise ValueError(f"{len(xs)} values of x and {len(ys)} values, but {len(names)} groups")
+    _, place = np.unique(xs, return_inverse=True)
+    left = min(len(xs) - len(set(names)) - 1, int(place.max(initial=-1)) + 1 - 2)
     for name in set(names):
         own = np.array([one == name for one in names])
         xs[own], ys[own] = xs[own] - xs[own].mean(), ys[own] - ys[own].mean()
-    spread, left = float((xs**2).sum()), len(xs) - len(set(names)) - 1
+    weights = np.bincount(place)
+    xs, ys = (np.bincount(place, one) / weights for one in (xs, ys))
+    spread = float((weights * xs**2).sum())
     if left < 2 or spread < 1e-12:
         return None
-    slope = float((xs * ys).sum() / spread)
-    error = math.sqrt(float(((ys - slope * xs) ** 2).sum()) / left / spread)
+    slope = float((weights * xs * ys).sum() / spread)
+    error = math.sqrt(float((weights * (ys - slope * xs) ** 2).sum()) / left / spread)
     half = float(student_t.ppf((1 + level) / 2, left)) * error
     return Estimate("per doubling", slope, slope - half, slope + half)
 

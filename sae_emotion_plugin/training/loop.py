@@ -108,7 +108,8 @@ def fit(
     Args:
         batches: the batches from a step on, as the SAE trains on them.
         sample: draws so many tokens, for resampling; the next batch is taken where it is absent.
-        measure: figures that need more than a batch, such as the loss recovered, of the SAE as it stands.
+        measure: figures that need more than a batch, such as the loss recovered; called when `sae` has the weights that
+            would be saved, the running mean where there is one.
 
     Raises:
         TrainingDiverged: see `Trainer.step`; the last good checkpoint stays.
@@ -116,7 +117,7 @@ def fit(
     """
     store = Checkpoints(folder)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+        torch.default_generator.manual_seed(settings.seed)
         trainer = Trainer(sae, settings.step)
         begun = store.latest()
         counters: dict[str, int] = {"seen": 0, "bad": 0, "resampled": 0}
@@ -228,6 +229,10 @@ def _point(
     settings: LoopSettings,
     measure: Callable[[], Mapping[str, float]] | None,
 ) -> dict[str, Any]:
+    def measured() -> Mapping[str, float]:
+        with trainer.averaged():
+            return measure() if measure is not None else {}
+
     return curve_point(
         trainer.step_number,
         settings.step.steps,
@@ -237,7 +242,7 @@ def _point(
         sae_out=result.sae_out,
         counts=result.firing_counts,
         decoder=trainer.sae.W_dec,
-        measure=measure,
+        measure=measured if measure is not None else None,
         tokens=trainer.tokens,
         dead=float(trainer.dead.float().mean()),
         lr=result.lr,

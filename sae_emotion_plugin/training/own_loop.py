@@ -47,7 +47,7 @@ def fit_by_loop(
     space = TrainingSpace(torch.zeros(sample.shape[1]), 1.0) if layer_normed else training_space(sample)
     # SAELens draws the first weights from torch's global generator, which is the user's afterwards as it was before.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+        torch.default_generator.manual_seed(recipe.seed)
         # Drawn on the CPU: one seed gives one start, wherever it is trained.
         sae = training_sae(recipe, sample.shape[1], sae_metadata(recipe, model_name)).to(torch.device(device))
     if layer_normed:
@@ -61,16 +61,13 @@ def fit_by_loop(
     def draw(rng: np.random.Generator, n: int) -> Float[Tensor, "token d_in"]:
         return space.enter(store.rows(rng.choice(len(store), size=min(n, len(store)), replace=False)))
 
-    def measured() -> Mapping[str, float]:
-        return measure(inference_sae(Fitted(sae, space, {}))) if measure is not None else {}
-
     training = fit(
         sae,
         batches,
-        loop_settings(recipe, len(store), measure_steps if measure else 0, checkpoint_steps),
+        loop_settings(recipe, len(store), measure_steps, checkpoint_steps),
         folder,
         sample=draw,
-        measure=measured,
+        measure=measure and (lambda: measure(inference_sae(Fitted(sae, space, {})))),
         loggers=open_loggers(folder),
         progress=progress,
     )
@@ -133,7 +130,7 @@ def loop_settings(
             lr_warm_up_steps=min(recipe.lr_warm_up_steps, max(1, steps // 10)),
             lr_decay_steps=int(steps * recipe.lr_decay_share),
             dead_token_window=recipe.dead_token_window,
-            **recipe.values("clip_norm", "ema_decay"),
+            **recipe.values("clip_norm", "adam_eps", "ema_decay"),
         ),
         resampling=resampling,
         seed=recipe.seed,

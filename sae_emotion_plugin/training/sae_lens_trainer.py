@@ -1,5 +1,6 @@
 """A `topk` recipe by SAELens's own trainer, as the shipped dictionary was made, over activations kept on disk."""
 
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from sae_emotion_plugin.activation_store import ActivationStore, content_key, prefetched
+from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.recipes import TrainingRecipe
 from sae_emotion_plugin.training.logs import CurveFile
 from sae_emotion_plugin.training.loop import FiniteBatches, curve_point, is_due, usual_log_steps
@@ -64,7 +66,7 @@ def fit_by_sae_lens(
     )
     # SAELens draws the first weights from torch's global generator, which is the user's afterwards as it was before.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+        torch.default_generator.manual_seed(recipe.seed)
         sae = SparseStepTopKTrainingSAE(config, frozen=FROZEN_PARTS.get(recipe.reference)).to(torch.device(device))
     checkpoints = work / f"checkpoints-{content_key(recipe.to_yaml(), store.key)}"
     steps = recipe.number_of_steps(len(store))
@@ -119,12 +121,12 @@ def fit_by_sae_lens(
         cfg=trainer_config,
         sae=sae,
         data_provider=iter(()),
-        save_checkpoint_fn=_mark_complete,
+        save_checkpoint_fn=lambda checkpoint_path: _mark_complete(checkpoint_path, finite),
     )
-    first_step = _resume(trainer, checkpoints, recipe.batch_size)
+    first_step, counts = _resume(trainer, checkpoints, recipe.batch_size)
     checkpoints.mkdir(parents=True, exist_ok=True)
     curve, loggers = CurveFile(checkpoints / "curve.jsonl", first_step), open_loggers(checkpoints)
-    finite = FiniteBatches(prefetched(store.batches(recipe.batch_size, recipe.seed, first_step)))
+    finite = FiniteBatches(prefetched(store.batches(recipe.batch_size, recipe.seed, first_step)), **counts)
     trainer.data_provider = (space.enter(batch) for batch in finite)
     trainer.fit()
     record = {
@@ -138,16 +140,16 @@ def fit_by_sae_lens(
     return Fitted(sae, space, record)
 
 
-def _mark_complete(checkpoint_path: Path | None) -> None:
+def _mark_complete(checkpoint_path: Path | None, batches: FiniteBatches) -> None:
     if checkpoint_path is not None:
-        (checkpoint_path / "complete").touch()
+        write_whole(checkpoint_path / "complete", json.dumps({"seen": batches.seen, "bad": batches.bad}) + "\n")
 
 
-def _resume(trainer: Any, checkpoints: Path, batch_size: int) -> int:
-    """Load the last complete checkpoint, if there is one, and return the number of steps it has behind it."""
+def _resume(trainer: Any, checkpoints: Path, batch_size: int) -> tuple[int, dict[str, int]]:
+    """Load the last complete checkpoint, if there is one: the steps behind it, and the tokens seen and left out."""
     complete = [path.parent for path in checkpoints.glob("*/complete")]
     if not complete:
-        return 0
+        return 0, {}
     last = max(complete, key=lambda path: int(path.name))
     trainer.sae.load_state_dict(load_file(last / "sae_weights.safetensors"))
     trainer.load_trainer_state(last)
@@ -157,4 +159,4 @@ def _resume(trainer: Any, checkpoints: Path, batch_size: int) -> int:
         threshold for threshold in trainer.checkpoint_thresholds if threshold > trainer.n_training_samples
     ]
     logger.info("resuming at step %d", trainer.n_training_steps)
-    return trainer.n_training_steps
+    return trainer.n_training_steps, json.loads((last / "complete").read_text(encoding="utf-8"))

@@ -5,8 +5,8 @@ a state that holds everything, so that a run that was killed ends with the bits 
 """
 
 import math
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ class StepSettings:
     lr_warm_up_steps: int = 0
     lr_decay_steps: int = 0
     clip_norm: float = 1.0
+    adam_eps: float = 1e-8
     ema_decay: float = 0.0
     """Of the running mean of the weights; 0 is none. It is less at the start: at most (1 + t) / (10 + t)."""
     dead_token_window: int = 200_000
@@ -79,7 +80,7 @@ class Trainer:
         # The optimiser sees an encoder whose features are rows in memory as those rows: on a CPU its fused kernel is
         # several times slower on a transposed matrix.
         self.rows = {name: _as_rows(parameter) for name, parameter in self.parameters.items()}
-        self.optimizer = torch.optim.Adam(list(self.rows.values()), lr=settings.lr, fused=True)
+        self.optimizer = torch.optim.Adam(list(self.rows.values()), lr=settings.lr, eps=settings.adam_eps, fused=True)
         self.averages = {name: row.detach().clone() for name, row in self.rows.items()} if settings.ema_decay else {}
 
     @property
@@ -147,11 +148,22 @@ class Trainer:
 
     @torch.no_grad()
     def use_averages(self) -> None:
-        """Put the running mean in place of the weights, for saving or measuring; the training is over with it."""
+        """Put the running mean, if there is one, in place of the weights; the training is over with it."""
         for name, average in self.averages.items():
             self.rows[name].data.copy_(average)
         if isinstance(self.sae, StepsSparsely):
             self.sae.constrain()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The weights that would be saved now, for measuring; the trained ones are back afterwards, bit by bit."""
+        trained = {name: row.detach().clone() for name, row in self.rows.items()}
+        self.use_averages()
+        try:
+            yield
+        finally:
+            for name, row in self.rows.items():
+                row.data.copy_(trained[name])
 
     def state(self) -> Checkpoint:
         """All that the next step depends on, apart from its batch."""

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,15 @@ def fetch(source: TextSource, path: Path) -> None:
     """Write the rows of a data set of the Hugging Face Hub to `path`, a text a line, whole or not at all.
 
     Raises:
-        ValueError: the data set cannot be reached, lacks a column, or `path` is no JSON Lines file.
+        ValueError: the data set cannot be reached, lacks a column, its name is none of the Hub, or `path` is no JSON
+            Lines file.
     """
     from datasets import load_dataset
 
     local = f"put its texts at {path} (a JSON object with `text` a line), or name local files under texts"
+    # A folder of that name would be read in place of the data set.
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source.dataset)) or Path(str(source.dataset)).exists():
+        raise ValueError(f"dataset {source.dataset!r} is no data set of the Hub (valid: owner/name): {local}")
     if path.suffix != ".jsonl":
         raise ValueError(f"texts: {source.path} is to hold a data set (valid: a name that ends in .jsonl)")
     try:
