@@ -191,6 +191,33 @@ def test_train_hands_its_options_on_and_writes_a_page(tmp_path: Path, monkeypatc
     assert "mlflow" in run("train", *arguments[:4], "--log", "mlflow").stderr
 
 
+def test_a_run_that_was_killed_behind_its_last_step_gets_its_page_and_a_taken_name_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+    from dataclasses import replace
+
+    from sae_emotion_plugin.recipes import TrainingRecipe
+
+    monkeypatch.setenv("SAE_EMOTION_REGISTRY", str(tmp_path / "own"))
+    (tmp_path / "own").mkdir()
+    monkeypatch.setattr("sae_emotion_plugin.training.train", lambda *_, **__: pytest.fail("it was trained again"))
+    monkeypatch.setattr("sae_emotion_plugin.models.load_model", lambda name: None)
+    out = tmp_path / "out"
+    shutil.copytree(Path(__file__).parents[1] / "registry" / "gemma-3-270m-emotion" / "blocks.9.hook_resid_post", out)
+    recipe = replace(TrainingRecipe.read(out / "recipe.yaml"), name="mine")
+    for path in (out / "recipe.yaml", tmp_path / "mine.yaml"):
+        path.write_text(recipe.to_yaml(), encoding="utf-8")
+    arguments = ("train", str(tmp_path / "mine.yaml"), str(out), "--texts", str(tmp_path), "--register")
+    found = run(*arguments)
+    assert found.exit_code == 0 and "was trained before" in found.stderr, found.output
+    assert (out / "report.html").is_file() and (tmp_path / "own" / "mine.yaml").is_file()
+    (out / "report.html").unlink()
+    assert "release 'mine' has a dictionary 'blocks.9.hook_resid_post' already" in refused(*arguments)
+    packaged = ("train", "embedded-gemma", str(tmp_path / "new"), "--texts", str(tmp_path), "--register")
+    assert "the release 'gemma-3-270m-emotion' came with the plugin" in refused(*packaged)
+
+
 def test_the_registry_lists_shows_and_checks_the_shipped_dictionary() -> None:
     listed = json.loads(run("registry", "list", "--json").stdout)
     assert "gemma-3-270m-emotion/blocks.9.hook_resid_post" in [row["name"] for row in listed]

@@ -212,6 +212,21 @@ def test_texts_that_cannot_be_evaluated_are_refused(bridge: Any, planted_sae: An
         evaluate(bridge, without_bos, ["a", "he"], progress=False)
 
 
+def test_dimensions_that_do_not_vary_have_no_part_in_the_mean_over_dimensions(bridge: Any, planted_sae: Any) -> None:
+    def constant(tensor: torch.Tensor, hook: Any) -> torch.Tensor:
+        return torch.cat([torch.ones_like(tensor[..., :1]), tensor[..., 1:]], dim=-1)
+
+    with bridge.hooks(fwd_hooks=[(canonical_hook(bridge, HOOK), constant)]):
+        report = evaluate(bridge, planted_sae, TEXTS)
+    assert math.isfinite(report.fvu_mean_over_dimensions)
+    json.dumps(report.__dict__, allow_nan=False)
+
+
+def test_no_tokens_for_the_losses_are_refused_before_anything_is_read(bridge: Any) -> None:
+    with pytest.raises(ValueError, match="loss_tokens 0 is below 1"):
+        Evaluation(bridge, TEXTS, loss_tokens=0)
+
+
 def test_several_dictionaries_are_reported_on_one_reading(
     bridge: Any, planted_sae: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

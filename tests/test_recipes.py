@@ -252,6 +252,7 @@ def test_blank_lines_part_the_texts_of_a_plain_file(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x"}\n{broken\n', r"a\.jsonl, line 2: no JSON object"),
         ("a.jsonl", b'{"title": "x"}\n', r"a\.jsonl, line 1: .*'text'"),
         ("a.jsonl", b'["x"]\n', r"a\.jsonl, line 1: no JSON object"),
+        ("a.jsonl", b'{"text": "x \\ud83d"}\n', r"a\.jsonl, line 1: half a surrogate pair at character 2 of text"),
         ("a.jsonl", b'{"text": null}\n', r"a\.jsonl, line 1: .*text is None"),
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl, line 1: .*text is 3"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl is no readable UTF-8 text"),

@@ -432,6 +432,15 @@ def test_an_unknown_kind_and_the_recipe_of_a_reference_are_refused(planted: Any,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_architecture_without_references_is_refused_before_any_training(
+    planted: Any, root: Path, tmp_path: Path
+) -> None:
+    relu = replace(RECIPE, architecture="relu-l1", l1_coefficient=1.0, k=None, aux_loss_coefficient=None)
+    with pytest.raises(ValueError, match=r"architecture 'relu-l1' has no references \(valid: topk\)"):
+        make(planted, root, tmp_path / "out", recipe=relu)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("kind", ["random-directions", "shuffled-weights"])
 def test_training_alone_refuses_the_recipes_that_need_more(kind: str, planted: Any, root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="train_references makes it"):

@@ -256,6 +256,23 @@ def test_figures_that_need_a_model_are_measured_when_asked(tmp_path: Path) -> No
     assert seen == training.curve
 
 
+def test_what_is_measured_on_the_way_are_the_weights_that_would_be_saved(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, measure_steps=12, step=replace(SETTINGS.step, ema_decay=0.9))
+    plain, _ = run("openai-topk", tmp_path / "plain", replace(settings, measure_steps=0))
+    watched = training_sae("openai-topk")
+    seen: list[torch.Tensor] = []
+
+    def measure() -> dict[str, float]:
+        seen.append(watched.W_dec.detach().clone())
+        return {}
+
+    fit(watched, batches, settings, tmp_path / "watched", measure=measure, progress=False)
+    assert_equal(watched, plain)  # measuring changed nothing
+    assert len(seen) == 3 and torch.equal(seen[-1], watched.W_dec)  # the last is the running mean that was saved
+    for rows in seen:
+        torch.testing.assert_close(rows.norm(dim=-1), torch.ones(D_SAE))
+
+
 def test_intervals_of_no_steps_are_refused() -> None:
     for name in ("log_steps", "checkpoint_steps"):
         with pytest.raises(ValueError, match=f"{name} 0 is below 1"):

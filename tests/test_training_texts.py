@@ -76,6 +76,17 @@ def test_a_data_set_needs_a_name_that_holds_lines(tmp_path: Path) -> None:
         fetch(TextSource("ko.txt", dataset="owner/texts"), tmp_path / "ko.txt")
 
 
+@pytest.mark.parametrize("name", ["../private", "/home/me", ".", "a/b/c", "hf://owner/texts", "private", "own/er"])
+def test_a_data_set_is_of_the_hub_and_no_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("a folder was read"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "private").mkdir()
+    (tmp_path / "own" / "er").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"is no data set of the Hub \(valid: owner/name\): put its texts at"):
+        fetch(TextSource("ko.jsonl", dataset=name), tmp_path / "ko.jsonl")
+    assert not (tmp_path / "ko.jsonl").exists()
+
+
 def test_local_texts_are_taken_before_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from test_training import RECIPE
 
