@@ -29,7 +29,8 @@ def main(job: dict[str, Any]) -> None:
     space = load_file(job["space"])
     config = SparseCoderConfig(num_latents=job["d_sae"], k=job["k"])
     coder = SparseCoder(len(space["mean"]), config, dtype=torch.float32)
-    schedule = None
+    optimizer: Any
+    schedule: Any = None
     if job["optimizer"] == "adam":
         optimizer = torch.optim.Adam(coder.parameters(), lr=job["lr"])
         schedule = get_linear_schedule_with_warmup(optimizer, job["lr_warm_up_steps"], job["steps"])

@@ -235,7 +235,7 @@ def test_saelens_own_trainer_is_swept_too(bridge: Any, root: Path, tmp_path: Pat
     assert row.fvu is not None and row.curve[-1][0] == row.tokens == 9 * 32
 
 
-UNUSED = ("k_aux", "multi_topk", "multi_topk_weight", "clip_norm", "ema_decay", "tied_init")
+UNUSED = ("k_aux", "multi_topk", "multi_topk_weight", "clip_norm", "adam_eps", "ema_decay", "tied_init")
 
 
 def test_a_design_is_every_combination_of_its_values_around_the_recipe() -> None:
