@@ -159,4 +159,5 @@ def _resume(trainer: Any, checkpoints: Path, batch_size: int) -> tuple[int, dict
         threshold for threshold in trainer.checkpoint_thresholds if threshold > trainer.n_training_samples
     ]
     logger.info("resuming at step %d", trainer.n_training_steps)
-    return trainer.n_training_steps, json.loads((last / "complete").read_text(encoding="utf-8"))
+    counts = (last / "complete").read_text(encoding="utf-8")  # empty in folders of former versions
+    return trainer.n_training_steps, json.loads(counts or "{}")
