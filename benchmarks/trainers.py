@@ -134,7 +134,8 @@ def main() -> None:
         factor = min(tried, key=lambda one: tried[one])
         rows = [_reported(buffer, Run(trainer, factor, seed), design, evaluation) for seed in options.seeds]
         at_edge = factor in (min(tried), max(tried))
-        found[trainer] = {"factor": factor, "at_edge": at_edge, "fvu_by_factor": tried, "seeds": rows}
+        shown = {one: fvu if math.isfinite(fvu) else None for one, fvu in tried.items()}  # JSON has no infinity
+        found[trainer] = {"factor": factor, "at_edge": at_edge, "fvu_by_factor": shown, "seeds": rows}
         print(trainer, *(f"{row['fvu']:.4f}" for row in rows), flush=True)
     print(
         text_table(
@@ -225,8 +226,9 @@ def _run(buffer: Buffer, run: Run, design: Design) -> Path:
         TRAINERS[run.trainer](buffer, run, design, folder)
         return {"seconds_since_last_start": round(time.perf_counter() - started, 1)}
 
-    buffer.once(run.trainer, *_decides(run, design), make=make)
-    return buffer.folder(run.trainer, *_decides(run, design))
+    decides = _decides(run, design)
+    buffer.once(run.trainer, *decides, make=make)
+    return buffer.folder(run.trainer, *decides)
 
 
 def _reported(buffer: Buffer, run: Run, design: Design, evaluation: Evaluation) -> dict[str, Any]:

@@ -157,7 +157,7 @@ class TrainingRecipe:
     clip_norm: float | None = None
     """Longest gradient of a step."""
     adam_eps: float | None = None
-    """Adam's epsilon; gradients of features that hardly fire are so small that it decides how far they move."""
+    """Adam's epsilon; OpenAI's is smaller than torch's, for the small gradients of features that hardly fire."""
     ema_decay: float | None = None
     """The saved weights are a running mean with this decay; 0 saves the last ones."""
     lr_reference_width: int | None = None
