@@ -116,7 +116,7 @@ def _trained(buffer: Buffer, recipe: TrainingRecipe, loss_tokens: int) -> dict[s
             "l0": report["l0"],
             "fvu": report["fvu"],
             "loss_recovered": report["loss_recovered"],
-            "dead_share": fitted.record["dead"] / recipe.d_sae,
+            "dead_share": buffer.dead_share(fitted),
             "resampled": fitted.record["resampled"],
             "shrinkage": curve[-1]["shrinkage"],
         }

@@ -52,6 +52,8 @@ def main() -> None:
     given |= {"dead_token_window": options.window} if options.window else {}
     recipe = replace(TrainingRecipe.read("openai-topk"), **given)
     buffer = open_buffer(recipe, options.texts, options.work, tokens=options.tokens, held_out=options.held_out)
+    if (tokens := (buffer.recipe.steps or 0) * recipe.batch_size) < recipe.dead_token_window:
+        parser.error(f"{tokens} tokens are fewer than the window of dead latents, {recipe.dead_token_window}")
     evaluation = Evaluation(buffer.model, buffer.held_out, loss_tokens=options.loss_tokens, progress=False)
     rows = {}
     for arm in options.arms:
@@ -75,7 +77,7 @@ def main() -> None:
     settings = {
         **recipe.values("d_sae", "k", "batch_size", "dead_token_window", "lr"),
         "steps": buffer.recipe.steps,
-        "tokens": (buffer.recipe.steps or 0) * recipe.batch_size,
+        "tokens": tokens,
         "seed": options.seed,
         "held_out_documents": len(buffer.held_out),
     }
@@ -94,7 +96,7 @@ def _arm(buffer: Buffer, arm: str, seed: int, evaluation: Evaluation) -> dict[st
         # The points that have the cosines, about ten of them.
         points = [point for point in fitted.record["curve"] if "cosine_mean" in point]
         return {
-            "dead_share": fitted.record["dead"] / recipe.d_sae,
+            "dead_share": buffer.dead_share(fitted),
             "dead_held_out_share": report["dead"] / recipe.d_sae,
             **{name: report[name] for name in SHOWN},
             "held_out_tokens": report["n_tokens"],

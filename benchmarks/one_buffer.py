@@ -15,8 +15,7 @@ from sae_emotion_plugin.files import write_whole
 from sae_emotion_plugin.models import load_model, model_identity
 from sae_emotion_plugin.recipes import TrainingRecipe
 from sae_emotion_plugin.training import recipe_documents
-from sae_emotion_plugin.training.own_loop import fit_by_loop
-from sae_emotion_plugin.training.sae_lens_trainer import fit_by_sae_lens
+from sae_emotion_plugin.training.fitting import fit_recipe
 from sae_emotion_plugin.training.spaces import Fitted
 from sae_emotion_plugin.training.texts import first_tokens
 
@@ -37,10 +36,8 @@ class Buffer:
         return model_identity(self.model)["name"]
 
     def fit(self, recipe: TrainingRecipe, **options: Any) -> Fitted:
-        """A recipe's SAE, trained on the buffer by the trainer that `train` would take; it goes on after a kill."""
-        if recipe.architecture == "topk":
-            return fit_by_sae_lens(recipe, self.store, self.model_name, self.work)
-        return fit_by_loop(recipe, self.store, self.model_name, self.work, **options)
+        """A recipe's SAE, trained on the buffer; it goes on after a kill."""
+        return fit_recipe(recipe, self.store, self.model_name, self.work, **options)
 
     def folder(self, name: str, *decides: Any) -> Path:
         """Where `once` keeps what it made."""
@@ -58,6 +55,11 @@ class Buffer:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(done, json.dumps(make(folder), indent=1) + "\n")
         return json.loads(done.read_text(encoding="utf-8"))
+
+    def dead_share(self, fitted: Fitted) -> float | None:
+        """Share of the features that were dead at the training's end; None where it was shorter than their window."""
+        dead = fitted.record["dead"]
+        return None if dead is None else dead / fitted.sae.cfg.d_sae
 
     def report(self, folder: Path, evaluation: Evaluation) -> dict[str, Any]:
         """The figures of the SAE saved in a folder."""

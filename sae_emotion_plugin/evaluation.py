@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -58,6 +59,8 @@ class DictionaryReport:
     """With every activation replaced by the mean: the floor that makes the line above readable."""
     mean_norm: float
     """Mean norm of the activations, BOS excluded: the unit of steering amounts."""
+    documents_left_out: int = 0
+    """Others, in which an activation was NaN or infinite."""
 
     @property
     def loss_recovered(self) -> float:
@@ -74,14 +77,18 @@ class DictionaryReport:
         return self.to_pandas().T.to_html(header=False, float_format="{:.4f}".format)
 
     def save(self, path: str | Path) -> None:
-        write_whole(path, json.dumps(asdict(self), indent=2) + "\n")
+        # JSON has neither NaN nor infinity: a figure that is not defined is null.
+        figures = {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
+        write_whole(path, json.dumps(figures, indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "DictionaryReport":
         """The report written by `save`. ValueError for a file that holds something else."""
         try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            figures: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+            figures |= {name: math.nan for name, value in figures.items() if value is None}
+            return cls(**figures)
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} holds no dictionary report: {error}") from error
 
 
@@ -103,6 +110,8 @@ class _Reading:
     """Those that cross-entropies are measured on."""
     cross_entropy: float
     cross_entropy_mean_ablated: float
+    left_out: int
+    """Texts in which an activation was NaN or infinite."""
 
 
 class Evaluation:
@@ -155,7 +164,7 @@ class Evaluation:
         largest = int(deviation.argmax())
         rest = torch.arange(len(deviation)) != largest
         return DictionaryReport(
-            n_documents=len(self.texts),
+            n_documents=len(self.texts) - reading.left_out,
             n_tokens=len(vectors),
             d_sae=sae.cfg.d_sae,
             fvu=float(error.sum() / deviation.sum()),
@@ -169,22 +178,28 @@ class Evaluation:
             cross_entropy_spliced=spliced,
             cross_entropy_mean_ablated=reading.cross_entropy_mean_ablated,
             mean_norm=float(vectors.norm(dim=-1).double().mean()),
+            documents_left_out=reading.left_out,
         )
 
     def _reading(self, hook: str, settings: dict[str, Any]) -> _Reading:
         batches = activation_batches(self.model, self.texts, hook, progress=self.progress, **settings)
-        parts = [batch.vectors.float().cpu() for batch in batches]
+        parts = [(batch.vectors.float().cpu(), batch.text_index) for batch in batches]
         if not parts:
             raise ValueError("no tokens to evaluate on: every text is empty")
-        vectors = torch.cat(parts)
+        vectors, texts = torch.cat([one for one, _ in parts]), np.concatenate([one for _, one in parts])
+        bad = np.unique(texts[~torch.isfinite(vectors).all(dim=-1).numpy()])
+        vectors = vectors[torch.from_numpy(~np.isin(texts, bad))]
+        if not len(vectors):
+            raise ValueError("every text has activations that are NaN or infinite: run the model in float32")
         mean = vectors.mean(0)
-        windows = _spread(tokenize(self.model, self.texts, **settings), self.loss_tokens)
+        sound = [one for one in tokenize(self.model, self.texts, **settings) if one.text_index not in bad]
+        windows = _spread(sound, self.loss_tokens)
 
         def ablate(found: Tensor) -> Tensor:
             return mean.to(found).expand_as(found)
 
         losses = (_cross_entropy(self.model, hook, windows, change, self.progress) for change in (None, ablate))
-        return _Reading(vectors, mean, windows, *losses)
+        return _Reading(vectors, mean, windows, *losses, left_out=len(bad))
 
 
 def token_losses(model: HookedModel, tokens: Int[Tensor, "row position"]) -> Float[Tensor, "row position_minus_1"]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from platformdirs import user_cache_path
+from safetensors import SafetensorError
 
 CACHE_VARIABLE = "SAE_EMOTION_CACHE"
 
@@ -31,15 +32,26 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: the folder does not exist.
+        OSError: it could not be written, for one because the disk is full.
     """
     path = check_folder(path)
     # Without the suffix: who lists the folder by suffix must not meet half a file.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield partial
+        with writing(path):
+            yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Inside it, tensors that cannot be written to `path` are an OSError, as any other content is."""
+    try:
+        yield
+    except SafetensorError as error:  # an Exception of its own kind, also where the disk is full
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def write_whole(path: str | Path, text: str) -> Path:

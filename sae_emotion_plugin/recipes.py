@@ -19,7 +19,7 @@ NEEDED = object()
 _LOOP: dict[str, Any] = {"clip_norm": 1.0, "adam_eps": 1e-8, "ema_decay": 0.0, "lr_reference_width": None}
 _RESAMPLING: dict[str, Any] = {"resampling": "none", "resample_every": None, "resample_below": 1e-5}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "topk": {"k": NEEDED, "aux_loss_coefficient": 1 / 32},
+    "topk": {"k": NEEDED, "aux_loss_coefficient": 1 / 32, **_LOOP},
     "openai-topk": {
         "k": NEEDED,
         "aux_loss_coefficient": 1 / 32,
@@ -67,6 +67,8 @@ class TextSource:
     """Licence of the texts, repeated in the dictionary's provenance."""
     dataset: str | None = None
     """Name on the Hugging Face Hub; where `path` is missing, it is written from there, once."""
+    revision: str | None = None
+    """Of the data set: a commit, a tag or a branch; its newest when absent."""
     split: str = "train"
     """Of the data set."""
     columns: tuple[str, ...] = ("text",)
@@ -83,7 +85,7 @@ class TextSource:
         if not self.columns:
             raise ValueError(f"texts: columns of {self.path} are none (valid: names of columns)")
         usual = {one.name: one.default for one in fields(self)}
-        unused = [name for name in ("split", "columns", "rows") if getattr(self, name) != usual[name]]
+        unused = [name for name in ("revision", "split", "columns", "rows") if getattr(self, name) != usual[name]]
         if self.dataset is None and unused:
             raise ValueError(f"texts: {unused[0]} of {self.path} is for a data set, and there is none")
 

@@ -186,7 +186,8 @@ def random_directions_sae(
     """
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
-    mean = torch.stack([chunk.double().sum(0) for chunk in _chunks(store)]).sum(0).div(len(store)).float()
+    n_tokens = sum(len(chunk) for chunk in _chunks(store))
+    mean = torch.stack([chunk.double().sum(0) for chunk in _chunks(store)]).sum(0).div(n_tokens).float()
     generator = torch.Generator().manual_seed(seed)
     directions = torch.empty(len(counts), len(mean))
     thresholds = np.empty(len(counts), dtype=np.float32)
@@ -289,9 +290,10 @@ def _permuted(tensor: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def _chunks(store: ActivationStore, tokens: int = 32_768) -> Iterator[Float[Tensor, "token d_in"]]:
-    """The stored activations in order, some tokens at a time."""
+    """The stored activations in order, some tokens at a time, without those that hold NaN or infinity."""
     for first in range(0, len(store), tokens):
-        yield store.rows(np.arange(first, min(first + tokens, len(store))))
+        rows = store.rows(np.arange(first, min(first + tokens, len(store))))
+        yield rows[torch.isfinite(rows).all(dim=-1)]
 
 
 class _SideBySide:

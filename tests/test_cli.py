@@ -180,14 +180,15 @@ def test_train_hands_its_options_on_and_writes_a_page(tmp_path: Path, monkeypatc
     monkeypatch.setattr("sae_emotion_plugin.training.train", train)
     monkeypatch.setattr("sae_emotion_plugin.models.load_model", lambda name: f"model {name}")
     monkeypatch.setattr("sae_emotion_plugin.pages.training.write_training_page", lambda *given: seen.append(given))
+    monkeypatch.setattr("sae_emotion_plugin.publishing.hub_files.trained_card", lambda folder: "the card")
     out, work = tmp_path / "out", tmp_path / "work"
     arguments = ("openai-topk", str(out), "--texts", str(tmp_path), "--work", str(work), "--log", "tensorboard")
-    found = run("train", *arguments, "--measure-steps", "50", "--checkpoint-steps", "20", "--json")
+    found = run("train", *arguments, "--measure-steps", "50", "--checkpoint-steps", "20", "--json", "--no-register")
     assert found.exit_code == 0, found.output
     assert json.loads(found.stdout) == {"fvu": 0.5}
     options = {"work_dir": work, "measure_steps": 50, "checkpoint_steps": 20, "loggers": ("tensorboard",)}
     assert seen[0] == ((TrainingRecipe.read("openai-topk"), "model embedded", tmp_path, out), options)
-    assert seen[1] == (out / "report.html", "trained")
+    assert seen[1] == (out / "report.html", "trained") and (out / "README.md").read_text() == "the card"
     assert "mlflow" in run("train", *arguments[:4], "--log", "mlflow").stderr
 
 
@@ -201,19 +202,33 @@ def test_a_run_that_was_killed_behind_its_last_step_gets_its_page_and_a_taken_na
 
     monkeypatch.setenv("SAE_EMOTION_REGISTRY", str(tmp_path / "own"))
     (tmp_path / "own").mkdir()
-    monkeypatch.setattr("sae_emotion_plugin.training.train", lambda *_, **__: pytest.fail("it was trained again"))
+
+    def trained_again(recipe: Any, model: Any, texts: Path, out: Path, **options: Any) -> None:
+        raise ValueError(f"{out} exists already" if out.exists() else "it was trained again")
+
+    monkeypatch.setattr("sae_emotion_plugin.training.train", trained_again)
     monkeypatch.setattr("sae_emotion_plugin.models.load_model", lambda name: None)
     out = tmp_path / "out"
     shutil.copytree(Path(__file__).parents[1] / "registry" / "gemma-3-270m-emotion" / "blocks.9.hook_resid_post", out)
     recipe = replace(TrainingRecipe.read(out / "recipe.yaml"), name="mine")
     for path in (out / "recipe.yaml", tmp_path / "mine.yaml"):
         path.write_text(recipe.to_yaml(), encoding="utf-8")
-    arguments = ("train", str(tmp_path / "mine.yaml"), str(out), "--texts", str(tmp_path), "--register")
-    found = run(*arguments)
+    plain = ("train", str(tmp_path / "mine.yaml"), str(out), "--texts", str(tmp_path))
+    arguments = (*plain, "--register")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sae_emotion_plugin.training.register_dictionary", lambda *_: pytest.fail("killed here"))
+        assert run(*plain, "--no-register").exit_code == 0
+    card = (out / "README.md").read_text()
+    assert (out / "report.html").is_file() and "# mine" in card and 'load_from_disk("FOLDER")' in card
+    assert "None" not in card and "owner/repo" in card and not list((tmp_path / "own").iterdir())
+    # What is still missing is the registration, asked for or by default.
+    found = run(*plain)
     assert found.exit_code == 0 and "was trained before" in found.stderr, found.output
-    assert (out / "report.html").is_file() and (tmp_path / "own" / "mine.yaml").is_file()
+    assert "registered as mine/blocks.9.hook_resid_post" in found.stderr and (tmp_path / "own" / "mine.yaml").is_file()
+    assert "out exists already" in refused(*plain)
     (out / "report.html").unlink()
     assert "release 'mine' has a dictionary 'blocks.9.hook_resid_post' already" in refused(*arguments)
+    assert "not registered: release 'mine' has a dictionary" in run(*plain).stderr
     packaged = ("train", "embedded-gemma", str(tmp_path / "new"), "--texts", str(tmp_path), "--register")
     assert "the release 'gemma-3-270m-emotion' came with the plugin" in refused(*packaged)
 

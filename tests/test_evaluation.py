@@ -248,6 +248,37 @@ def test_several_dictionaries_are_reported_on_one_reading(
     assert together.report(own) == evaluate(bridge, own, TEXTS, progress=False) and len(read) == 3
 
 
+def test_documents_with_activations_that_are_no_numbers_are_left_out_and_counted(
+    bridge: Any, planted_sae: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, overflow = evaluation.activation_batches, [1]
+
+    def overflowing(*arguments: Any, **options: Any) -> Any:
+        for batch in usual(*arguments, **options):
+            bad = np.isin(batch.text_index, overflow) & (batch.position == 2)
+            batch.vectors[torch.from_numpy(bad)] = math.inf
+            yield batch
+
+    expected = evaluate(bridge, planted_sae, [TEXTS[0], *TEXTS[2:]], progress=False)
+    monkeypatch.setattr(evaluation, "activation_batches", overflowing)
+    found = evaluate(bridge, planted_sae, TEXTS, progress=False)
+    assert (found.documents_left_out, found.n_documents) == (1, 4)
+    for name, value in vars(expected).items():
+        if name != "documents_left_out":
+            assert getattr(found, name) == pytest.approx(value, rel=1e-5), name
+    overflow.append(0)
+    with pytest.raises(ValueError, match="every text has activations that are NaN or infinite"):
+        evaluate(bridge, planted_sae, TEXTS[:2], progress=False)
+
+
+def test_a_figure_that_is_not_defined_is_null_in_the_file(bridge: Any, planted_sae: Any, tmp_path: Path) -> None:
+    report = evaluate(bridge, planted_sae, TEXTS, progress=False)
+    replace(report, fvu=math.nan, cross_entropy_spliced=math.inf).save(tmp_path / "report.json")
+    kept = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert kept["fvu"] is None and kept["cross_entropy_spliced"] is None
+    assert math.isnan(DictionaryReport.load(tmp_path / "report.json").fvu)
+
+
 def test_a_saved_report_loads_as_it_was(bridge: Any, planted_sae: Any, tmp_path: Path) -> None:
     report = evaluate(bridge, planted_sae, TEXTS, progress=False)
     report.save(tmp_path / "report.json")

@@ -50,12 +50,7 @@ def test_a_recipe_reads_as_it_was_written(tmp_path: Path) -> None:
 
 def test_an_architecture_s_own_keys_have_its_defaults_and_the_others_none(tmp_path: Path) -> None:
     topk = TrainingRecipe.read(written(tmp_path))
-    assert (topk.aux_loss_coefficient, topk.clip_norm, topk.ema_decay, topk.l1_coefficient) == (
-        1 / 32,
-        None,
-        None,
-        None,
-    )
+    assert (topk.aux_loss_coefficient, topk.clip_norm, topk.ema_decay, topk.l1_coefficient) == (1 / 32, 1, 0, None)
     ours = TrainingRecipe.read(written(tmp_path, architecture="openai-topk", multi_topk_weight=0))
     assert (ours.multi_topk, ours.multi_topk_weight, ours.clip_norm, ours.ema_decay, ours.k_aux) == (
         4,
@@ -145,7 +140,7 @@ def test_an_unknown_key_is_named_with_the_valid_ones(tmp_path: Path) -> None:
             {"l1_coefficient": 1.0},
             "l1_coefficient is not used by architecture 'topk' .it uses: k, aux_loss_coefficient",
         ),
-        ({"clip_norm": 1.0}, "clip_norm is not used by architecture 'topk'"),
+        ({"tied_init": True}, "tied_init is not used by architecture 'topk'"),
         ({"ema_decay": 0.9, "architecture": "openai-topk", "resampling": "plain"}, "resampling is not used by"),
         ({"architecture": "relu-l1", "l1_coefficient": 1.0}, "k is not used by architecture 'relu-l1'"),
         ({"architecture": "relu-l1", "k": None}, "missing key 'l1_coefficient'"),

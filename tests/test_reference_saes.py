@@ -29,6 +29,7 @@ from sae_emotion_plugin.reference_saes import (
 )
 from sae_emotion_plugin.sparse_codes import encode_texts
 from sae_emotion_plugin.training import TrainedDictionary, recipe_documents, train
+from sae_emotion_plugin.training.checkpoints import Checkpoints
 
 RECIPE = TrainingRecipe(
     name="tiny-emotion",
@@ -140,19 +141,12 @@ def first_weights() -> dict[str, torch.Tensor]:
         ).state_dict()
 
 
-def last_checkpoint(out: Path, made: TrainedDictionary) -> dict[str, torch.Tensor]:
-    """The weights of the last checkpoint of the training that ended in this dictionary."""
-    for folder in out.glob("checkpoints-*"):
-        if folder.name == f"checkpoints-{activation_store.content_key(made.recipe.to_yaml(), key_of(out))}":
-            return load_file(max(folder.glob("[0-9]*"), key=lambda path: int(path.name)) / "sae_weights.safetensors")
-    raise AssertionError("no checkpoint")
-
-
-def key_of(work: Path) -> str:
-    (folder,) = {
-        path.name.removeprefix("activations-") for path in work.glob("activations-*") if len(list(path.iterdir()))
-    }
-    return folder
+def last_checkpoint(work: Path) -> dict[str, torch.Tensor]:
+    """The weights of the last checkpoint of the one training in this folder."""
+    (folder,) = work.glob("checkpoints-*")
+    found = Checkpoints(folder).latest()
+    assert found is not None
+    return {name.removeprefix("sae."): value for name, value in found.tensors.items() if name.startswith("sae.")}
 
 
 @pytest.mark.parametrize(("kind", "frozen", "free"), [("decoder", "W_dec", "W_enc"), ("encoder", "W_enc", "W_dec")])
@@ -161,8 +155,8 @@ def test_the_frozen_side_keeps_every_bit_of_its_start_and_the_rest_learns(
 ) -> None:
     monkeypatch.setattr(Evaluation, "report", lambda *_: MADE_UP)
     recipe = replace(RECIPE, reference=f"frozen-{kind}", epochs=2.0)
-    trained = train(recipe, planted, root, tmp_path / "out", work_dir=tmp_path / "work", progress=False)
-    start, end = first_weights(), last_checkpoint(tmp_path / "work", trained)
+    train(recipe, planted, root, tmp_path / "out", work_dir=tmp_path / "work", progress=False)
+    start, end = first_weights(), last_checkpoint(tmp_path / "work")
     assert torch.equal(start[frozen], end[frozen])
     for name in (free, "b_enc", "b_dec"):
         assert not torch.allclose(start[name], end[name], atol=1e-3), name
@@ -201,6 +195,16 @@ def plain_store(folder: Path, vectors: np.ndarray) -> ActivationStore:
     np.save(folder / "0.npy", vectors[:50].astype(np.float32))
     np.save(folder / "1.npy", vectors[50:].astype(np.float32))
     return ActivationStore([folder / "0.npy", folder / "1.npy"], "key")
+
+
+def test_activations_that_are_no_numbers_have_no_part_in_random_directions(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).normal(size=(120, 6)) + 3
+    counts = np.array([0, 7, 60])
+    broken = np.insert(vectors, [3, 70], np.inf, axis=0)
+    (tmp_path / "broken").mkdir()
+    ours = random_directions_sae(plain_store(tmp_path / "broken", broken), counts, seed=5).state_dict()
+    for name, value in random_directions_sae(plain_store(tmp_path, vectors), counts, seed=5).state_dict().items():
+        torch.testing.assert_close(ours[name], value)
 
 
 @pytest.mark.parametrize("at_once", [1, 10**9])

@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import pytest
 import torch
 from conftest import D_MODEL, HOOK, WORDS
 from sae_lens import SAE
-from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
 
 from sae_emotion_plugin import activation_store, registry, training
@@ -20,11 +20,10 @@ from sae_emotion_plugin.recipes import TextSource, TrainingRecipe
 from sae_emotion_plugin.training import (
     TrainedDictionary,
     dictionaries,
-    own_loop,
+    fitting,
     recipe_documents,
     register_dictionary,
     runs,
-    sae_lens_trainer,
     spaces,
     train,
 )
@@ -191,10 +190,10 @@ def test_codes_and_reconstructions_equal_the_trainers_in_normalised_space(
     seen: dict[str, Any] = {}
 
     def spy(*arguments: Any, **options: Any) -> Any:
-        seen["fitted"] = sae_lens_trainer.fit_by_sae_lens(*arguments, **options)
+        seen["fitted"] = fitting.fit_recipe(*arguments, **options)
         return seen["fitted"]
 
-    monkeypatch.setattr(runs, "fit_by_sae_lens", spy)
+    monkeypatch.setattr(runs, "fit_recipe", spy)
     folder = run(bridge, root, tmp_path / "tiny").folder
     own, mean, scale = seen["fitted"].sae.eval(), seen["fitted"].space.mean, seen["fitted"].space.scale
     saved = SAE.load_from_disk(folder)
@@ -255,14 +254,14 @@ class Stop(Exception):
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    step, done = SAETrainer.step, iter(range(steps))
+    step, done = Trainer.step, iter(range(steps))
 
     def counted(self: Any, batch: torch.Tensor) -> Any:
         if next(done, None) is None:
             raise Stop
         return step(self, batch)
 
-    monkeypatch.setattr(SAETrainer, "step", counted)
+    monkeypatch.setattr(Trainer, "step", counted)
 
 
 @pytest.mark.parametrize("steps", [0, 30])
@@ -271,7 +270,7 @@ def test_a_run_interrupted_in_training_ends_with_the_weights_of_an_uninterrupted
 ) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         stop_after(patch, steps)
-        run(bridge, root, tmp_path / "tiny")
+        run(bridge, root, tmp_path / "tiny", checkpoint_steps=12)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.work"]
 
     def collected_already(*_: Any, **__: Any) -> Any:
@@ -307,21 +306,6 @@ def test_a_run_interrupted_while_collecting_keeps_its_shards(
         resumed = run(bridge, root, tmp_path / "tiny")
     shards = len(list((tmp_path / "tiny.work").rglob("*.npy")))
     assert len(calls) == 3 + shards - 2
-    assert_equal_weights(resumed, trained)
-
-
-def test_a_checkpoint_that_was_not_finished_is_not_used(
-    bridge: Any, root: Path, trained: TrainedDictionary, tmp_path: Path
-) -> None:
-    def half_written(*_: Any) -> None:
-        raise Stop
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(sae_lens_trainer, "_mark_complete", half_written)
-        run(bridge, root, tmp_path / "tiny")
-    assert list((tmp_path / "tiny.work").rglob("trainer_state.pt"))
-    resumed = run(bridge, root, tmp_path / "tiny")
-    assert json.loads((resumed.folder / "provenance.json").read_text())["training"]["resumed_at_step"] == 0
     assert_equal_weights(resumed, trained)
 
 
@@ -437,7 +421,8 @@ def test_a_name_that_cannot_stand_in_a_registry_leaves_nothing(
     assert not own.exists()
 
 
-RECIPES = {
+RECIPES: dict[str, dict[str, Any]] = {
+    "topk": {"k": 4},
     "openai-topk": {"k": 4, "k_aux": 8, "multi_topk": 2},
     "relu-l1": {"k": None, "l1_coefficient": 0.3, "resampling": "plain", "resample_every": 10, "resample_below": 0.01},
     "batchtopk": {"k": 4},
@@ -457,13 +442,13 @@ def test_every_architecture_trains_to_a_folder_that_plain_sae_lens_reads(
     seen: list[Any] = []
 
     def spy(*arguments: Any, **options: Any) -> Any:
-        seen.append(own_loop.fit_by_loop(*arguments, **options))
+        seen.append(fitting.fit_recipe(*arguments, **options))
         return seen[0]
 
-    monkeypatch.setattr(runs, "fit_by_loop", spy)
+    monkeypatch.setattr(runs, "fit_recipe", spy)
     trained = run(bridge, root, tmp_path / "tiny", of_architecture(name), measured=True)
     sae = SAE.load_from_disk(trained.folder)
-    saved = {"openai-topk": "topk", "relu-l1": "standard"}.get(name, "jumprelu")
+    saved = {"topk": "topk", "openai-topk": "topk", "relu-l1": "standard"}.get(name, "jumprelu")
     assert sae.cfg.architecture() == saved and sae.cfg.metadata.hook_name == HOOK
     torch.testing.assert_close(sae.W_dec.data.norm(dim=-1), torch.ones(64), atol=1e-3, rtol=0)
     assert trained.report.fvu < 1 and trained.report.l0 > 0
@@ -514,12 +499,12 @@ def test_the_loss_recovered_is_measured_on_the_way_when_asked(bridge: Any, root:
     assert points[-1]["loss_recovered"] == pytest.approx(trained.report.loss_recovered, rel=0.01)
 
 
-def test_sae_lens_s_trainer_is_watched_too_and_watching_changes_nothing(
+def test_a_training_that_is_watched_ends_with_the_same_weights(
     bridge: Any, root: Path, tmp_path: Path, trained: TrainedDictionary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logged: list[Any] = []
     monkeypatch.setattr(runs, "check_loggers", lambda names: None)
-    monkeypatch.setattr(runs, "open_loggers", lambda names, *_: [logged.append])
+    monkeypatch.setattr(runs, "open_loggers", lambda names, *_: nullcontext([logged.append]))
     watched = run(bridge, root, tmp_path / "tiny", measured=True, measure_steps=7, loggers=["wandb"])
     assert_equal_weights(watched, trained)
     record = watched.provenance()["training"]
@@ -533,10 +518,46 @@ def test_sae_lens_s_trainer_is_watched_too_and_watching_changes_nothing(
     assert measured[-1]["held_out_fvu"] == pytest.approx(watched.report.fvu, rel=1e-6)
 
 
-def test_a_loss_that_is_no_number_ends_sae_lens_s_training(bridge: Any, root: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"diverged at step \d+: the loss is no number; look at lr \(1e\+30\)"):
-        run(bridge, root, tmp_path / "tiny", replace(RECIPE, lr=1e30))
+@pytest.mark.parametrize("lr", [30.0, 1e3, 1e30])
+def test_a_training_that_diverges_leaves_no_dictionary(lr: float, bridge: Any, root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"diverged at step \d+: .*; look at lr"):
+        run(bridge, root, tmp_path / "tiny", replace(RECIPE, lr=lr))
     assert not (tmp_path / "tiny").exists()
+
+
+def test_a_window_of_dead_features_that_is_longer_than_the_training_is_told(
+    bridge: Any, root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(bridge, root, tmp_path / "usual")
+    assert "dead_token_window" not in caplog.text
+    run(bridge, root, tmp_path / "tiny", replace(RECIPE, dead_token_window=100_000))
+    assert "fewer than dead_token_window (100000): no feature will count as dead" in caplog.text
+
+
+def test_two_folders_of_one_name_do_not_refuse_each_other(
+    bridge: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 3)
+        run(bridge, root, tmp_path / "a" / "out", work_dir=tmp_path / "work")
+    other = replace(RECIPE, seed=1)
+    run(bridge, root, tmp_path / "b" / "out", other, work_dir=tmp_path / "work")
+    with pytest.raises(ValueError, match="another recipe was begun here: seed was 0 and is 1"):
+        run(bridge, root, tmp_path / "a" / "out", other, work_dir=tmp_path / "work")
+
+
+def test_weights_of_another_version_are_not_gone_on_from(
+    bridge: Any, root: Path, trained: TrainedDictionary, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 30)
+        patch.setattr(fitting.metadata, "version", lambda name: "0.0.0")
+        run(bridge, root, tmp_path / "tiny", checkpoint_steps=12)
+    resumed = run(bridge, root, tmp_path / "tiny")
+    assert resumed.provenance()["training"]["resumed_at_step"] == 0
+    assert_equal_weights(resumed, trained)
 
 
 def test_what_cannot_be_done_is_refused_before_any_work(bridge: Any, root: Path, tmp_path: Path) -> None:
@@ -558,7 +579,7 @@ def test_a_changed_recipe_is_refused_before_its_activations_are_read(
         raise Stop
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(runs, "fit_by_sae_lens", stop)
+        patch.setattr(runs, "fit_recipe", stop)
         run(bridge, root, tmp_path / "tiny")
     monkeypatch.setattr(runs, "collect", stop)
     with pytest.raises(ValueError, match="another recipe was begun here: context_size was 16 and is 12"):
@@ -573,5 +594,5 @@ def test_a_refusal_for_too_few_tokens_can_be_mended_in_the_same_place(bridge: An
 
 def test_the_rate_is_scaled_with_the_width() -> None:
     recipe = of_architecture("openai-topk", lr=0.1, lr_reference_width=16)
-    assert own_loop.loop_settings(recipe, 10**6).step.lr == pytest.approx(0.05)
-    assert own_loop.loop_settings(of_architecture("openai-topk", lr=0.1), 10**6).step.lr == 0.1
+    assert fitting.loop_settings(recipe, 10**6).step.lr == pytest.approx(0.05)
+    assert fitting.loop_settings(of_architecture("openai-topk", lr=0.1), 10**6).step.lr == 0.1

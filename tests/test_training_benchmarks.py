@@ -61,7 +61,7 @@ def test_the_contrast_of_dead_latents_has_four_arms_that_are_trained_once(
     assert list(found["arms"]) == ["full", "no-auxk", "untied", "neither"] and found["steps"] == 93
     assert found["arms"]["no-auxk"]["dead_share"] > 0.1  # so that AuxK has something to do in the others
     assert len({arm["fvu"] for arm in found["arms"].values()}) == 4
-    monkeypatch.setattr(one_buffer, "fit_by_loop", None)  # nothing is trained again
+    monkeypatch.setattr(one_buffer, "fit_recipe", None)  # nothing is trained again
     assert run(dead_latents, texts, *options, capsys=capsys, monkeypatch=monkeypatch) == found
 
 

@@ -8,6 +8,12 @@ import pytest
 
 from sae_emotion_plugin.training.logs import CurveFile, open_loggers
 
+
+def opened(names: list[str], folder: Path) -> list[Any]:
+    with open_loggers(names, folder, "run", {}) as loggers:
+        return loggers
+
+
 POINT = {"step": 5, "loss": 0.5, "dead": 1, "shrinkage": None}
 
 
@@ -27,13 +33,13 @@ def test_an_unknown_logger_and_one_that_is_not_installed_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match=r"unknown logger 'mlflow' .valid: tensorboard, wandb"):
-        open_loggers(["mlflow"], tmp_path, "run", {})
-    assert open_loggers([], tmp_path, "run", {}) == []
+        opened(["mlflow"], tmp_path)
+    assert opened([], tmp_path) == []
     for module in ("wandb", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, module, None)
     for name in ("wandb", "tensorboard"):
         with pytest.raises(ImportError, match=f"the logger '{name}' needs its package: pip install {name}"):
-            open_loggers([name], tmp_path, "run", {})
+            opened([name], tmp_path)
 
 
 def test_loggers_get_the_numbers_of_a_point_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,16 +54,35 @@ def test_loggers_get_the_numbers_of_a_point_by_step(tmp_path: Path, monkeypatch:
 
         def flush(self) -> None: ...
 
+        def close(self) -> None:
+            seen.append("closed")
+
     def init(**options: Any) -> Any:
         seen.append((options["id"], options["resume"]))
-        return SimpleNamespace(log=lambda values, step: seen.append((options["name"], values, step)))
+        log = lambda values, step: seen.append((options["name"], values, step))  # noqa: E731
+        return SimpleNamespace(log=log, finish=lambda: seen.append("finished"))
 
     for name, content in (("torch.utils.tensorboard", {"SummaryWriter": Writer}), ("wandb", {"init": init})):
         module = ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    for log in open_loggers(["tensorboard", "wandb", "wandb"], tmp_path, "run", {"lr": 1.0}):
-        log(POINT)
+    with open_loggers(["tensorboard", "wandb", "wandb"], tmp_path, "run", {"lr": 1.0}) as loggers:
+        for log in loggers:
+            log(POINT)
     numbers = {"loss": 0.5, "dead": 1}
     started = [(tmp_path.name, "allow"), (str(tmp_path / "tensorboard"), 5)]
-    assert seen == [*started, ("loss", 0.5, 5), ("dead", 1, 5), ("run", numbers, 5)]
+    assert seen == [*started, ("loss", 0.5, 5), ("dead", 1, 5), ("run", numbers, 5), "closed", "finished"]
+
+
+def test_a_logger_that_does_not_start_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refused(Exception):
+        pass
+
+    def init(**options: Any) -> Any:
+        raise Refused("api_key not configured (no-tty). call wandb.login(key=[your_api_key])\nmore")
+
+    module = ModuleType("wandb")
+    vars(module).update({"init": init, "Error": Refused})
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with pytest.raises(ValueError, match=r"the logger 'wandb' does not start: api_key not configured .*WANDB_MODE"):
+        opened(["wandb"], tmp_path)

@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import training_runs
+from sae_lens import TopKTrainingSAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from training_runs import BATCH, D_SAE, DATA, RESAMPLED, SETTINGS, STEPS, batches, run, training_sae
@@ -22,7 +24,7 @@ from sae_emotion_plugin.training.checkpoints import Checkpoints
 from sae_emotion_plugin.training.loop import FiniteBatches, LoopSettings, fit
 from sae_emotion_plugin.training.steps import StepSettings, Trainer, TrainingDiverged
 
-KINDS = ["openai-topk", "relu-l1", "batchtopk", "jumprelu"]
+KINDS = ["topk", "openai-topk", "relu-l1", "batchtopk", "jumprelu"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -46,6 +48,15 @@ def test_a_dictionary_learns_and_its_figures_are_logged(kind: str, tmp_path: Pat
     assert [json.loads(line) for line in lines] == training.curve
     if kind in ("openai-topk", "relu-l1"):
         torch.testing.assert_close(sae.W_dec.data.norm(dim=-1), torch.ones(D_SAE))
+
+
+def test_what_is_dead_is_not_known_before_the_window_is_over(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, log_steps=1)
+    _, training = run("topk", tmp_path / "usual", settings)
+    assert [point["dead"] is None for point in training.curve] == [True] * 5 + [False] * (STEPS - 5)
+    short = replace(SETTINGS, step=replace(SETTINGS.step, dead_token_window=STEPS * BATCH + 1))
+    _, training = run("topk", tmp_path / "short", short)
+    assert training.dead is None and training.curve[-1]["dead"] is None
 
 
 def test_training_leaves_torchs_global_generator_alone(tmp_path: Path) -> None:
@@ -98,9 +109,14 @@ def test_a_process_that_was_killed_goes_on_to_the_same_bits(kind: str, step: int
     assert (tmp_path / "killed" / "curve.jsonl").read_text() == (tmp_path / "whole" / "curve.jsonl").read_text()
 
 
-def test_the_steps_are_those_of_sae_lens_s_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_the_steps_are_those_of_sae_lens_s_trainer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    ours, theirs = training_sae("batchtopk"), training_sae("batchtopk")
+    ours, theirs = training_sae(kind), training_sae(kind)
+    if kind == "topk":
+        plain = TopKTrainingSAE(theirs.cfg)
+        plain.load_state_dict(theirs.state_dict())
+        theirs = plain
     source = batches(0)
     given = [next(source) for _ in range(20)]
     trainer = Trainer(ours, StepSettings(20, 1e-3, lr_warm_up_steps=4, lr_decay_steps=5, dead_token_window=6 * BATCH))
@@ -181,7 +197,7 @@ def test_features_that_hardly_fire_are_resampled_but_not_near_the_end(tmp_path: 
     without.b_enc.data[:10] = -1e6
     plain = fit(without, batches, replace(RESAMPLED, resampling=None), tmp_path / "plain", progress=False)
     assert plain.resampled == 0 and (without.b_enc.data[:10] < -100).all()
-    assert training.dead < plain.dead
+    assert training.dead is not None and plain.dead is not None and training.dead < plain.dead
 
 
 def with_bad(first_step: int, share: float) -> Iterator[torch.Tensor]:
@@ -207,6 +223,16 @@ def test_too_many_such_activations_end_the_training(tmp_path: Path) -> None:
         fit(training_sae("openai-topk"), lambda first: with_bad(first, 0.5), SETTINGS, tmp_path, progress=False)
     with pytest.raises(ValueError, match="64 of 64 activations hold NaN"):
         next(FiniteBatches(iter([torch.full((64, 2), math.nan)])))
+
+
+def test_a_short_training_is_judged_by_its_own_tokens(tmp_path: Path) -> None:
+    # Too few for a hundred batches: 3 % of 36 batches are fewer than 1 % of a hundred.
+    with pytest.raises(ValueError, match="more than 1%"):
+        fit(training_sae("topk"), lambda first: with_bad(first, 0.03), SETTINGS, tmp_path, progress=False)
+    source = FiniteBatches(with_bad(0, 0.005), n_batches=STEPS)
+    for _ in range(STEPS):
+        next(source)
+    assert 0 < source.bad <= 0.01 * source.seen
 
 
 def test_a_sound_batch_passes_as_it_is_and_a_mended_one_keeps_its_size() -> None:
@@ -284,20 +310,19 @@ def test_intervals_of_no_steps_are_refused() -> None:
 def test_a_checkpoint_that_cannot_be_written_leaves_the_former_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sae_emotion_plugin.training import checkpoints
+    limits, whole_step = resource.getrlimit(resource.RLIMIT_FSIZE), Trainer.step
 
-    real, calls = checkpoints.save_file, []
+    def full(self: Trainer, batch: torch.Tensor) -> Any:
+        if self.step_number == 15:  # from here on no file can grow as large as a checkpoint
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+        return whole_step(self, batch)
 
-    def full(tensors: Any, path: Path, **options: Any) -> None:
-        calls.append(path)
-        if len(calls) == 3:
-            path.write_bytes(b"half of i")
-            raise OSError(28, "No space left on device")
-        real(tensors, path, **options)
-
-    monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        run("openai-topk", tmp_path)
+    monkeypatch.setattr(Trainer, "step", full)
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*step-000000021\.safetensors: .*too large"):
+            run("openai-topk", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name[5:14] for path in sorted(tmp_path.glob("*"))][1:] == ["000000007", "000000014"]
     monkeypatch.undo()
     resumed, training = run("openai-topk", tmp_path)

@@ -20,6 +20,7 @@ from test_cli import refused
 from sae_emotion_plugin import activation_store, recipe_sweep
 from sae_emotion_plugin.activations import activation_batches
 from sae_emotion_plugin.evaluation import DictionaryReport, Evaluation
+from sae_emotion_plugin.evidence.scaling_laws import ScalingLaw
 from sae_emotion_plugin.plugin import load_dictionary
 from sae_emotion_plugin.recipe_sweep import sweep_recipe
 from sae_emotion_plugin.recipes import TextSource, TrainingRecipe
@@ -144,7 +145,7 @@ def test_a_finished_cell_is_not_made_again_but_a_damaged_one_is(
     before = files(out)
     (out / "cells/x2-k4-seed1.json").write_text('{"key": "')
     made = []
-    monkeypatch.setattr(cells, "fit_by_loop", lambda *_, **__: pytest.fail("its dictionary was whole"))
+    monkeypatch.setattr(cells, "fit_recipe", lambda *_, **__: pytest.fail("its dictionary was whole"))
     assert run(bridge, root, out, say=made.append) == sweep
     assert [line for line in made if "cell" in line] == ["cell 2 of 2: x2-k4-seed1 ..."]
     assert files(out) == before
@@ -173,12 +174,12 @@ def test_a_sweep_that_was_killed_goes_on_and_ends_as_one_that_was_not(
 
 
 def _killed(bridge: Any, root: Path, out: Path) -> None:
-    from sae_emotion_plugin.training import loop, own_loop
+    from sae_emotion_plugin.training import fitting, loop
     from sae_emotion_plugin.training.steps import Trainer
 
-    usual, whole_step = own_loop.loop_settings, Trainer.step
+    usual, whole_step = fitting.loop_settings, Trainer.step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(own_loop, "loop_settings", lambda *a, **k: replace(usual(*a, **k), checkpoint_steps=3))
+        patch.setattr(fitting, "loop_settings", lambda *a, **k: replace(usual(*a, **k), checkpoint_steps=3))
 
         def step(self: Trainer, batch: Any) -> Any:
             if self.sae.cfg.d_sae == 64 and self.step_number == 5:
@@ -208,7 +209,7 @@ def test_a_training_that_diverges_is_a_result(
     def diverge(*_: Any, **__: Any) -> Any:
         raise TrainingDiverged("training diverged at step 3: NaN; look at lr; the last good checkpoint is here")
 
-    monkeypatch.setattr(cells, "fit_by_loop", diverge)
+    monkeypatch.setattr(cells, "fit_recipe", diverge)
     sweep = run(bridge, root, tmp_path / "sweep", DESIGN)
     assert all(row.fvu is None and row.note == "training diverged at step 3: NaN; look at lr" for row in sweep.rows)
     assert TrainingSweep.load(tmp_path / "sweep/sweep.json") == sweep
@@ -229,13 +230,13 @@ def test_a_dictionary_that_is_silent_on_the_labelled_texts_has_no_auroc_and_says
     assert row.fvu == 0.5 and row.loss_recovered is None
 
 
-def test_saelens_own_trainer_is_swept_too(bridge: Any, root: Path, tmp_path: Path) -> None:
+def test_the_shipped_dictionary_s_architecture_is_swept_too(bridge: Any, root: Path, tmp_path: Path) -> None:
     topk = TrainingRecipe(**{**vars(RECIPE), "architecture": "topk", **dict.fromkeys(UNUSED)})
     (row,) = run(bridge, root, tmp_path / "s", SweepDesign(topk, (2.0,), (4,), tokens=300, loss_tokens=50)).rows
     assert row.fvu is not None and row.curve[-1][0] == row.tokens == 9 * 32
 
 
-UNUSED = ("k_aux", "multi_topk", "multi_topk_weight", "clip_norm", "adam_eps", "ema_decay", "tied_init")
+UNUSED = ("k_aux", "multi_topk", "multi_topk_weight", "tied_init")
 
 
 def test_a_design_is_every_combination_of_its_values_around_the_recipe() -> None:
@@ -321,6 +322,27 @@ def test_the_best_learning_rate_stands_for_a_width_and_diverged_ones_bound_the_s
     law = scaling_laws(rows, 640)[-1]
     assert law.reason is None and law.parameters[1].low <= 1 <= law.parameters[1].high
     assert law.left_out[0].measured == pytest.approx(0.1)  # between 0.05 and 0.2
+    # Where every rate diverged for one seed, none of them was stable.
+    lost = [replace(row, seed=1, fvu=None) for row in rows if row.d_sae == 1280]
+    assert "there are 3" in str(scaling_laws([*rows, *lost], 640)[-1])
+
+
+def test_trainings_that_had_not_converged_are_counted_beside_the_law() -> None:
+    rows = [planted(expansion, 32) for expansion in (2, 3, 4, 6, 8, 12, 16)]
+    steep = tuple((tokens, 5e5 / tokens) for tokens in range(1000, 200_000, 2000))
+
+    def converged(rows: list[SweepCell]) -> ScalingLaw:
+        return next(law for law in scaling_laws(rows, 640) if law.name.startswith("tokens to convergence"))
+
+    assert converged(rows[:3]).note == ""
+    law = converged([*rows[:6], replace(rows[-1], curve=steep)])
+    assert law.note == "2 of 7 trainings had not converged at their end and are left out"
+    assert str(law).endswith(law.note) and ScalingLaw.from_dict(law.to_dict()) == law
+
+
+def test_values_that_would_share_a_name_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"two trainings would be called x2-k4-seed0: their values differ too little"):
+        SweepDesign(RECIPE, (2.0, 2.0000001), ks=(4,)).cells(32)
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from sae_emotion_plugin.architectures import (
     OpenAITopKTrainingSAEConfig,
     ReluL1TrainingSAE,
     ReluL1TrainingSAEConfig,
+    SparseStepTopKTrainingSAE,
 )
 from sae_emotion_plugin.training.loop import LoopSettings, Training, fit
 from sae_emotion_plugin.training.resampling import Resampling
@@ -67,6 +68,8 @@ def training_sae(kind: str) -> Any:
             return sae
         case "relu-l1":
             return ReluL1TrainingSAE(ReluL1TrainingSAEConfig(**common, l1_coefficient=0.4, l1_warm_up_steps=20))
+        case "topk":
+            return SparseStepTopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(**common, k=3, decoder_init_norm=1.0))
         case "batchtopk":
             return sae_lens.BatchTopKTrainingSAE(sae_lens.BatchTopKTrainingSAEConfig(**common, k=3))
         case _:

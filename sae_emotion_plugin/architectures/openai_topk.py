@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from sae_lens import TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
-from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import SAEConfig, TrainStepInput
 from torch import Tensor
 
 from sae_emotion_plugin.architectures import active_entries
-from sae_emotion_plugin.architectures.sparse_step import SparseStep
+from sae_emotion_plugin.architectures.sparse_step import SparseStep, UnitRows
 
 MEDIAN_POINTS = 32_768
 """Inputs that the geometric median is taken of, as in OpenAI's code."""
@@ -62,7 +62,7 @@ class OpenAITopKTrainingSAEConfig(TopKTrainingSAEConfig):
         return TopKSAEConfig
 
 
-class OpenAITopKTrainingSAE(TopKTrainingSAE):
+class OpenAITopKTrainingSAE(UnitRows, TopKTrainingSAE):
     """TopK on layer-normed inputs with AuxK, Multi-TopK and decoder rows of unit norm, through active entries alone.
 
     The encoder starts as the decoder's transpose, unless `tied_init` is off; `initialize_from` sets what depends on
@@ -97,13 +97,6 @@ class OpenAITopKTrainingSAE(TopKTrainingSAE):
         if norm > 0:
             self.W_enc.data /= norm
 
-    def constrain(self) -> None:
-        """Bring the decoder's rows to unit norm."""
-        active_entries.make_unit_rows_(self.W_dec.data)
-
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        return self.sparse_step(step_input).as_output(step_input.sae_in)
-
     def sparse_step(self, step_input: TrainStepInput) -> SparseStep:
         self.constrain()
         x = self._normalised(step_input.sae_in)
@@ -127,10 +120,6 @@ class OpenAITopKTrainingSAE(TopKTrainingSAE):
             values=values,
             active=active,
         )
-
-    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_saving(state_dict)
-        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
 
     def _normalised(self, sae_in: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_in"]:
         x = self.hook_sae_input(self.reshape_fn_in(sae_in.to(self.dtype)))

@@ -5,14 +5,13 @@ around it (`training.resampling`).
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from sae_lens import StandardSAEConfig, StandardTrainingSAE, StandardTrainingSAEConfig
-from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import SAEConfig, TrainStepInput
 
 from sae_emotion_plugin.architectures import active_entries
-from sae_emotion_plugin.architectures.sparse_step import SparseStep
+from sae_emotion_plugin.architectures.sparse_step import SparseStep, UnitRows
 
 
 @dataclass
@@ -41,7 +40,7 @@ class ReluL1TrainingSAEConfig(StandardTrainingSAEConfig):
         return StandardSAEConfig
 
 
-class ReluL1TrainingSAE(StandardTrainingSAE):
+class ReluL1TrainingSAE(UnitRows, StandardTrainingSAE):
     """ReLU codes, their sum as penalty, and decoder rows of unit norm, through active entries alone."""
 
     cfg: ReluL1TrainingSAEConfig  # type: ignore[assignment]
@@ -51,13 +50,6 @@ class ReluL1TrainingSAE(StandardTrainingSAE):
         self.constrain()
         start = self.W_dec.data if cfg.tied_init else active_entries.elsewhere(self.W_dec.data)
         self.W_enc.data = (start * cfg.encoder_init_norm).T
-
-    def constrain(self) -> None:
-        """Bring the decoder's rows to unit norm."""
-        active_entries.make_unit_rows_(self.W_dec.data)
-
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        return self.sparse_step(step_input).as_output(step_input.sae_in)
 
     def sparse_step(self, step_input: TrainStepInput) -> SparseStep:
         self.constrain()
@@ -71,7 +63,3 @@ class ReluL1TrainingSAE(StandardTrainingSAE):
         }
         loss = torch.stack(list(losses.values())).sum()
         return SparseStep(loss, losses, rebuilt, values, active)
-
-    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_saving(state_dict)
-        state_dict["W_enc"] = state_dict["W_enc"].contiguous()

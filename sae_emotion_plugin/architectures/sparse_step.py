@@ -1,13 +1,15 @@
-"""`SparseStep`: what a training step found, as entries; the seam between the classes here and a loop of our own."""
+"""`SparseStep`: what a training step found, as entries; the seam between the classes here and `training`'s loop."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 
+from sae_emotion_plugin.architectures import active_entries
 from sae_emotion_plugin.architectures.active_entries import Active
 
 
@@ -39,10 +41,28 @@ class SparseStep:
         )
 
 
-@runtime_checkable
-class StepsSparsely(Protocol):
-    """A training SAE with a sparse step and decoder rows that are kept at unit norm."""
+class StepsSparsely(ABC):
+    """Of a training SAE of SAELens, before its class: a sparse step, which SAELens's own trainer can take too."""
 
+    @abstractmethod
     def sparse_step(self, step_input: TrainStepInput) -> SparseStep: ...
 
-    def constrain(self) -> None: ...
+    def constrain(self) -> None:
+        """Bring the weights back to where the architecture wants them."""
+        return  # anywhere will do
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        return self.sparse_step(step_input).as_output(step_input.sae_in)
+
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)  # type: ignore[misc]
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
+
+
+class UnitRows(StepsSparsely):
+    """Of one whose decoder rows are kept at unit norm."""
+
+    W_dec: torch.nn.Parameter
+
+    def constrain(self) -> None:
+        active_entries.make_unit_rows_(self.W_dec.data)

@@ -7,16 +7,16 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
-from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
 from sae_emotion_plugin.architectures import active_entries
-from sae_emotion_plugin.architectures.sparse_step import SparseStep
+from sae_emotion_plugin.architectures.sparse_step import SparseStep, StepsSparsely
 
 FrozenPart = Literal["decoder", "encoder"]
 
 
-class SparseStepTopKTrainingSAE(TopKTrainingSAE):
+class SparseStepTopKTrainingSAE(StepsSparsely, TopKTrainingSAE):
     """SAELens's `TopKTrainingSAE` (decoder-norm rescaling on, plain inputs) with a sparse training step.
 
     Only the encoder's product is dense; its gradient, the decoder and the decoder's gradient touch active features
@@ -34,7 +34,7 @@ class SparseStepTopKTrainingSAE(TopKTrainingSAE):
         if frozen is not None:
             (self.W_dec if frozen == "decoder" else self.W_enc).requires_grad_(False)
 
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+    def sparse_step(self, step_input: TrainStepInput) -> SparseStep:
         if not self.cfg.rescale_acts_by_decoder_norm or self.cfg.normalize_activations != "none":
             raise ValueError("the sparse step needs rescale_acts_by_decoder_norm and normalize_activations='none'")
         x = self.hook_sae_input(self.reshape_fn_in(step_input.sae_in.to(self.dtype)))
@@ -48,7 +48,7 @@ class SparseStepTopKTrainingSAE(TopKTrainingSAE):
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
         aux_loss = self._dead_feature_loss(step_input, x - pre_bias, sae_out, encoder, bias, rows)
         losses = {"mse_loss": mse_loss, "auxiliary_reconstruction_loss": aux_loss}
-        return SparseStep(mse_loss + aux_loss, losses, sae_out, values, active).as_output(step_input.sae_in)
+        return SparseStep(mse_loss + aux_loss, losses, sae_out, values, active)
 
     def _dead_feature_loss(
         self,

@@ -171,9 +171,13 @@ def evidence(
     type=click.IntRange(1),
     default=200,
     show_default=True,
-    help="Steps from one checkpoint to the next; topk recipes make four in all.",
+    help="Steps from one checkpoint to the next.",
 )
-@click.option("--register", is_flag=True, help="Add the dictionary to your registry, to load it by name.")
+@click.option(
+    "--register/--no-register",
+    default=None,
+    help="Add the dictionary to your registry, to load it by name; by default where its name is free.",
+)
 @json_option
 def train(
     recipe: str,
@@ -183,31 +187,39 @@ def train(
     loggers: tuple[str, ...],
     measure_steps: int,
     checkpoint_steps: int,
-    register: bool,
+    register: bool | None,
     as_json: bool,
 ) -> None:
     """Train a dictionary by RECIPE (a YAML file, or a name such as openai-topk) into the folder OUT.
 
     The same command goes on after an interruption, wherever it was. OUT has weights that plain SAELens loads, the
-    report, the curves and a page of both, report.html.
+    report, the curves, a page of both (report.html) and a model card (README.md).
     """
     from sae_emotion_plugin.recipes import TrainingRecipe
 
     chosen = TrainingRecipe.read(recipe)
 
+    from sae_emotion_plugin.files import write_whole
     from sae_emotion_plugin.models import load_model
     from sae_emotion_plugin.pages.training import write_training_page
+    from sae_emotion_plugin.publishing.hub_files import trained_card
     from sae_emotion_plugin.registry import user_folder
     from sae_emotion_plugin.release_files import check_free
     from sae_emotion_plugin.training import TrainedDictionary, register_dictionary
     from sae_emotion_plugin.training import train as run
 
-    if register:
+    taken = None
+    try:
         check_free(chosen.name, chosen.sae_id, user_folder())
-    # A run that was killed behind its last step lacks the page and the registration alone.
-    finished = (out / "recipe.yaml").is_file() and not (out / "report.html").exists()
-    if finished and (trained := TrainedDictionary.load(out)).recipe == chosen:
-        click.echo(f"{out} was trained before: its page is made", err=True)
+    except ValueError as error:
+        if register:
+            raise
+        taken = str(error)
+    to_register = taken is None and register is not False
+    # A run that was killed behind its last step lacks no more than page, card and registration.
+    unfinished = to_register or not all((out / name).exists() for name in ("report.html", "README.md"))
+    if unfinished and (out / "recipe.yaml").is_file() and (trained := TrainedDictionary.load(out)).recipe == chosen:
+        click.echo(f"{out} was trained before: what it lacks is made", err=True)
     else:
         trained = run(
             chosen,
@@ -220,8 +232,12 @@ def train(
             loggers=loggers,
         )
     write_training_page(out / "report.html", trained)
-    if register:
+    write_whole(out / "README.md", trained_card(out))
+    if to_register:
         register_dictionary(trained, user_folder())
+        click.echo(f"registered as {chosen.name}/{chosen.sae_id}", err=True)
+    elif register is None:
+        click.echo(f"not registered: {taken}", err=True)
     if as_json:
         click.echo((out / "report.json").read_text(encoding="utf-8"), nl=False)
     else:

@@ -78,15 +78,18 @@ class ScalingLaw:
     level: float = 0.95
     reason: str | None = None
     """Why there is no fit; None where there is one."""
+    note: str = ""
+    """What its points do not show."""
 
     def __str__(self) -> str:
+        note = f"; {self.note}" if self.note else ""
         if self.reason is not None:
-            return f"{self.name}: no fit, {self.reason}"
+            return f"{self.name}: no fit, {self.reason}{note}"
         found = ", ".join(f"{one.name} {one.value:.4g} [{one.low:.4g}, {one.high:.4g}]" for one in self.parameters)
         inside = sum(one.inside for one in self.left_out)
         return (
             f"{self.name} = {self.formula}: {found} ({self.n_points} points; {inside} of {len(self.left_out)} left-out "
-            f"ones inside their {self.level:.0%} prediction intervals)"
+            f"ones inside their {self.level:.0%} prediction intervals){note}"
         )
 
     def to_dict(self) -> dict[str, Any]:

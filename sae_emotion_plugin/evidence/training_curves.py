@@ -20,7 +20,7 @@ FRONTIER_STEPS = 200
 
 
 def compute_frontier(
-    curves: Sequence[tuple[Num[np.ndarray, " point"], Num[np.ndarray, " point"]]],
+    curves: Sequence[tuple[Num[np.ndarray, " _"], Num[np.ndarray, " _"]]],
 ) -> tuple[Float[np.ndarray, " curve"], Float[np.ndarray, " curve"]]:
     """Returns compute and loss where each curve (compute, loss) is the lowest of all: L(C) is fitted to them.
 

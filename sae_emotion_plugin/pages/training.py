@@ -19,7 +19,13 @@ Points = Sequence[Mapping[str, Any]]
 CHARTS: tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], ...] = (
     ("Reconstruction", (("Loss", ("loss",)), ("FVU", ("fvu", "held_out_fvu")))),
     ("Sparsity", (("L0, features a token", ("l0",)), ("Dead features", ("dead",)))),
-    ("Directions", (("Mean |cos|", ("cosine_mean",)), ("|cos| to the nearest row", ("cosine_max",)))),
+    (
+        "Directions",
+        (
+            ("Mean |cos|", ("cosine_mean",)),
+            ("|cos| to the nearest row; dashed, 99th percentile", ("cosine_max", "cosine_p99")),
+        ),
+    ),
     ("Fidelity", (("Loss recovered, held out", ("loss_recovered",)), ("Shrinkage", ("shrinkage",)))),
     ("Steps", (("Learning rate", ("lr",)), ("Gradient norm", ("gradient_norm",)))),
 )
@@ -33,6 +39,7 @@ TABLE = (
     "dead",
     "shrinkage",
     "cosine_mean",
+    "cosine_p99",
     "cosine_max",
     "loss_recovered",
 )

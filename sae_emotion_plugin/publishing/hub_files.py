@@ -17,7 +17,7 @@ from sae_emotion_plugin.feature_labels import FeatureLabel, Labels, labels_file,
 from sae_emotion_plugin.files import sha256
 from sae_emotion_plugin.publishing.model_card import CardSources, model_card
 from sae_emotion_plugin.registry import RegistryEntry, SaeRecord
-from sae_emotion_plugin.release_files import RESERVED, ReleaseFiles, check_files, owner_of, stanza
+from sae_emotion_plugin.release_files import RESERVED, ReleaseFiles, check_files, open_release, owner_of, stanza
 from sae_emotion_plugin.tables import html_table, text_table
 
 ENTRY_FILE, STANZA_FILE, CARD_FILE, PAGE_FILE = "registry.yaml", "pretrained_saes.yaml", "README.md", "report.html"
@@ -126,6 +126,13 @@ def prepare(
         files[path] = _file(path, text.encode())
     gone = sorted(set(earlier.listed) - set(entry.provenance.sha256) - set(files))
     return Publication(entry, tuple(files[path] for path in sorted(files)), tuple(gone))
+
+
+def trained_card(folder: str | Path) -> str:
+    """The model card of a folder that `train` wrote, as it lies there. Errors as of `open_release`."""
+    release = open_release(folder)
+    (sae,) = release.entry.saes
+    return model_card(release.entry, {sae.id: _sources(release.files, sae.path, release.labels(sae))})
 
 
 def _check_folder_name(sae_id: str, others: Sequence[str]) -> None:

@@ -44,7 +44,7 @@ def model_card(
     licence: str | None = None,
     datasets: Sequence[str] | None = None,
 ) -> str:
-    """The text of README.md for the release in `entry.repo_id`: metadata in YAML, then Markdown.
+    """The text of README.md for the release in `entry.repo_id`, or of one that lies in a folder yet: YAML, Markdown.
 
     Args:
         sources: by the id of the dictionary.
@@ -112,6 +112,18 @@ def _heading(entry: RegistryEntry, sources: Mapping[str, CardSources]) -> str:
 
 def _how_to_load(entry: RegistryEntry) -> str:
     sae = entry.saes[0]
+    if not entry.repo_id:
+        return """## How to load
+
+Plain SAELens, from the folder of this file:
+
+```python
+from sae_lens import SAE
+
+sae = SAE.load_from_disk("FOLDER")
+```
+
+`sae-emotion registry add FOLDER` makes it load by name, `sae-emotion publish hub FOLDER owner/repo` publishes it."""
     return f"""## How to load
 
 Plain SAELens:
@@ -280,7 +292,10 @@ def _made_from(entry: RegistryEntry, sources: Mapping[str, CardSources], licence
         lines.append(f"SHA-256 of the model's file: `{entry.provenance.model_sha256}`.")
     if named := licence or entry.provenance.licence:
         lines.append(f"Licence: {markdown(named)}.")
-    lines.append("`registry.yaml` has the SHA-256 of every file; `pretrained_saes.yaml` is the stanza for SAELens.")
+    if not entry.repo_id:
+        lines.append("`provenance.json` has the SHA-256 of every text, the seed and the versions.")
+    else:
+        lines.append("`registry.yaml` has the SHA-256 of every file; `pretrained_saes.yaml` is the stanza for SAELens.")
     return "## Made from\n\n" + "\n\n".join(lines)
 
 

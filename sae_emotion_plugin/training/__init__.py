@@ -1,4 +1,4 @@
-"""A recipe -> a trained dictionary: activations collected once, then SAELens's own trainer or a loop of our own.
+"""A recipe -> a trained dictionary: activations collected once, then one loop for every architecture.
 
 The inputs are centred and divided by one number for training (or layer-normed, where the architecture says so); both
 are folded into the saved weights, so that plain SAELens reads a dictionary that needs to know nothing of it.

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -62,8 +61,10 @@ def write_dictionary(
         provenance: what is added to the model, the seed and the versions.
     """
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=out_dir.parent, prefix=f".{out_dir.name}-"))
+    scratch = out_dir.with_name(f".{out_dir.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed in here
     try:
+        scratch.mkdir()
         save_weights(scratch)
         from sae_lens import SAE
 
@@ -81,7 +82,6 @@ def write_dictionary(
         write_whole(scratch / "provenance.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         for path in scratch.iterdir():
             path.chmod(0o644)
-        scratch.chmod(0o755)
         os.replace(scratch, out_dir)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -3,11 +3,13 @@
 import importlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from sae_emotion_plugin.files import write_whole
+from sae_emotion_plugin.messages import first_line
 
 LOGGERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 """The module that each logger needs."""
@@ -30,11 +32,13 @@ class CurveFile:
                 self.points.append(point)
         write_whole(path, "".join(map(_line, self.points)))
 
-    def add(self, point: Mapping[str, Any]) -> None:
+    def add(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        """The point as it was written: NaN and infinity are None."""
         whole = {name: _plain(value) for name, value in point.items()}
         self.points.append(whole)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line(whole))
+        return whole
 
 
 def check_loggers(names: Sequence[str]) -> None:
@@ -53,19 +57,26 @@ def check_loggers(names: Sequence[str]) -> None:
             raise ImportError(f"the logger {name!r} needs its package: pip install {name}") from error
 
 
+@contextmanager
 def open_loggers(
     names: Sequence[str], folder: Path, run: str, settings: Mapping[str, Any]
-) -> list[Callable[[Mapping[str, Any]], None]]:
-    """A function for each logger that was asked for, which takes the points of a curve. Errors as of `check_loggers`.
+) -> Iterator[list[Callable[[Mapping[str, Any]], None]]]:
+    """A function for each logger that was asked for, which takes the points of a curve; closed at the end.
 
     A run that is resumed goes on in the logger's own record of it: one TensorBoard folder, one run of W&B.
+
+    Raises:
+        ValueError, ImportError: as `check_loggers`; W&B does not start (nobody is logged in, for one).
     """
     check_loggers(names)
     makers = {"tensorboard": _tensorboard, "wandb": _wandb}
-    return [makers[name](folder, run, settings) for name in dict.fromkeys(names)]
+    with ExitStack() as opened:
+        yield [makers[name](folder, run, settings, opened) for name in dict.fromkeys(names)]
 
 
-def _tensorboard(folder: Path, run: str, settings: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
+def _tensorboard(
+    folder: Path, run: str, settings: Mapping[str, Any], opened: ExitStack
+) -> Callable[[Mapping[str, Any]], None]:
     module = importlib.import_module(LOGGERS["tensorboard"])
     writers: list[Any] = []
 
@@ -73,6 +84,7 @@ def _tensorboard(folder: Path, run: str, settings: Mapping[str, Any]) -> Callabl
         if not writers:
             # What lies behind the point of a resumption is taken back.
             writers.append(module.SummaryWriter(str(folder / "tensorboard"), purge_step=point["step"]))
+            opened.callback(writers[0].close)
         for name, value in _numbers(point).items():
             writers[0].add_scalar(name, value, point["step"])
         writers[0].flush()
@@ -80,11 +92,18 @@ def _tensorboard(folder: Path, run: str, settings: Mapping[str, Any]) -> Callabl
     return log
 
 
-def _wandb(folder: Path, run: str, settings: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
+def _wandb(
+    folder: Path, run: str, settings: Mapping[str, Any], opened: ExitStack
+) -> Callable[[Mapping[str, Any]], None]:
     module = importlib.import_module(LOGGERS["wandb"])
     # The checkpoints' folder is named by a hash of recipe and activations.
     again = {"id": folder.name, "resume": "allow"}
-    session = module.init(project="sae-emotion", name=run, config=dict(settings), dir=str(folder), **again)
+    try:
+        session = module.init(project="sae-emotion", name=run, config=dict(settings), dir=str(folder), **again)
+    except module.Error as error:
+        advice = "log in with `wandb login`, or set WANDB_MODE=offline"
+        raise ValueError(f"the logger 'wandb' does not start: {first_line(error)}; {advice}") from error
+    opened.callback(session.finish)  # another run of this process would go on in this one otherwise
 
     def log(point: Mapping[str, Any]) -> None:
         session.log(_numbers(point), step=int(point["step"]))

@@ -17,12 +17,14 @@ from sae_emotion_plugin.training.checkpoints import Checkpoint, Checkpoints
 from sae_emotion_plugin.training.logs import CurveFile
 from sae_emotion_plugin.training.monitors import batch_figures, decoder_cosines
 from sae_emotion_plugin.training.resampling import INPUTS, Resampling, resample
-from sae_emotion_plugin.training.steps import DIVERGED, StepResult, StepSettings, Trainer, TrainingDiverged
+from sae_emotion_plugin.training.steps import StepResult, StepSettings, Trainer, TrainingDiverged
 
 logger = logging.getLogger(__name__)
 
 BAD_SHARE = 0.01
 """Of the activations: from there on, NaN and infinity are no accident."""
+UNSOUND = 2.0
+"""While the running FVU is more than this many times the best one, no checkpoint is written."""
 
 
 class FiniteBatches:
@@ -31,8 +33,12 @@ class FiniteBatches:
     So every batch is of one size. Batches without such tokens pass as they are.
     """
 
-    def __init__(self, batches: Iterator[Float[Tensor, "token d_in"]], seen: int = 0, bad: int = 0) -> None:
+    def __init__(
+        self, batches: Iterator[Float[Tensor, "token d_in"]], seen: int = 0, bad: int = 0, n_batches: int = 100
+    ) -> None:
+        """Of `n_batches` in all: the first bad ones are judged by their share of those, or of the first hundred."""
         self.batches, self.seen, self.bad = batches, seen, bad
+        self.judged_from = min(100, n_batches)
 
     def __iter__(self) -> Iterator[Float[Tensor, "token d_in"]]:
         return self
@@ -45,7 +51,7 @@ class FiniteBatches:
         if bool(finite.all()):
             return batch
         self.bad += int((~finite).sum())
-        if self.bad > BAD_SHARE * max(self.seen, 100 * len(batch)) or not finite.any():
+        if self.bad > BAD_SHARE * max(self.seen, self.judged_from * len(batch)) or not finite.any():
             raise ValueError(
                 f"{self.bad} of {self.seen} activations hold NaN or infinity, more than {BAD_SHARE:.0%}: the model "
                 f"overflows at this hook; run it in float32"
@@ -81,8 +87,8 @@ class Training:
     resumed_at_step: int
     bad_tokens: int
     """Tokens that were left out, for NaN or infinity."""
-    dead: int
-    """Features silent for the whole window at the end."""
+    dead: int | None
+    """Features silent for the whole window at the end; None where the training is shorter than the window."""
     resampled: int
     curve: list[dict[str, Any]] = field(default_factory=list)
 
@@ -126,7 +132,7 @@ def fit(
             counters = {name: int(begun.counters[name]) for name in counters}
             logger.info("resuming at step %d", begun.step)
         resumed_at = trainer.step_number
-        source = FiniteBatches(batches(resumed_at), counters["seen"], counters["bad"])
+        source = FiniteBatches(batches(resumed_at), counters["seen"], counters["bad"], settings.step.steps)
         curve = CurveFile(folder / "curve.jsonl", resumed_at)
         bar = tqdm(total=settings.step.steps, initial=resumed_at, desc="training", unit="step", disable=not progress)
         with bar:
@@ -146,11 +152,11 @@ def fit(
                 if step == 1 or is_due(step, settings.log_steps, settings.step.steps) or measured is not None:
                     point = _point(trainer, result, settings, measured)
                     bar.set_postfix({name: f"{point[name]:.3g}" for name in ("loss", "fvu", "l0", "dead")})
-                    curve.add(point)
+                    kept = curve.add(point)
                     for log in loggers:
-                        log(point)
+                        log(kept)
                 # A state that is about to diverge must not take the place of a good one.
-                sound = trainer.running_fvu <= 0.5 * DIVERGED * max(1.0, trainer.first_fvu)
+                sound = trainer.running_fvu <= UNSOUND * trainer.best_fvu
                 if step == settings.step.steps or (step % settings.checkpoint_steps == 0 and sound):
                     state = trainer.state()
                     counters |= {"seen": source.seen, "bad": source.bad}
@@ -161,7 +167,7 @@ def fit(
         tokens=trainer.tokens,
         resumed_at_step=resumed_at,
         bad_tokens=source.bad,
-        dead=int(trainer.dead.sum()),
+        dead=int(trainer.dead.sum()) if trainer.knows_dead else None,
         resampled=counters["resampled"],
         curve=curve.points,
     )
@@ -244,7 +250,7 @@ def _point(
         decoder=trainer.sae.W_dec,
         measure=measured if measure is not None else None,
         tokens=trainer.tokens,
-        dead=float(trainer.dead.float().mean()),
+        dead=float(trainer.dead.float().mean()) if trainer.knows_dead else math.nan,
         lr=result.lr,
         gradient_norm=result.gradient_norm,
     )

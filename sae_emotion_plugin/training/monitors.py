@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 COSINES_AT_ONCE = 16 * 1024 * 1024
-"""Cosines that exist at a time, 64 MiB in float32: a decoder of any width needs no more."""
+"""Cosines that exist at a time, 64 MiB in float32, and a few times that with what is made of them."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def decoder_cosines(rows: Float[Tensor, "feature d_in"], quantile: float = 0.99)
         cosines = (units[block] @ units.T).abs_()
         own = torch.arange(block.start, block.stop, device=rows.device)
         cosines[own - first, own] = 0.0
-        total += float(cosines.double().sum())
+        total += float(cosines.sum(dim=-1).double().sum())
         # Below every |cos|, so that a row is not among its own others.
         cosines[own - first, own] = -1.0
         top = cosines.topk(tail, dim=-1).values.clamp(0.0, 1.0)

@@ -1,9 +1,9 @@
 """New directions for features that hardly fire.
 
 `plain` draws random ones. `anthropic` follows "Towards Monosemanticity" (Bricken et al. 2023, appendix on resampling):
-inputs are drawn with probability proportional to their squared loss; such an input becomes the decoder row, and a
-fifth of the living encoder rows' mean norm long, the encoder row. Either way the bias becomes 0 and Adam forgets what
-it knew of the feature.
+inputs are drawn with probability proportional to their squared loss (the error alone, without a penalty); such an
+input becomes the decoder row, and a fifth of the living encoder rows' mean norm long, the encoder row. Either way the
+bias becomes 0 and Adam forgets what it knew of the feature.
 """
 
 from collections.abc import Mapping

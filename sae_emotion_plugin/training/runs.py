@@ -5,16 +5,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sae_emotion_plugin.activation_store import collect, store_key
+from sae_emotion_plugin.activation_store import collect, content_key, store_key
 from sae_emotion_plugin.activations import canonical_hook, model_device
 from sae_emotion_plugin.evaluation import Evaluation
 from sae_emotion_plugin.models import model_identity
 from sae_emotion_plugin.recipes import TrainingRecipe
 from sae_emotion_plugin.training.checkpoints import begin_or_go_on
 from sae_emotion_plugin.training.dictionaries import TrainedDictionary, write_dictionary
+from sae_emotion_plugin.training.fitting import fit_recipe
 from sae_emotion_plugin.training.logs import check_loggers, open_loggers
-from sae_emotion_plugin.training.own_loop import fit_by_loop
-from sae_emotion_plugin.training.sae_lens_trainer import fit_by_sae_lens
 from sae_emotion_plugin.training.texts import recipe_documents
 
 SHUFFLED_MARK = "weights_shuffled"
@@ -43,13 +42,12 @@ def train(
     `out_dir` appears when it is complete. Two runs with one seed on one machine give equal weights. Runs that share a
     `work_dir` share the activations that they have in common. The SAE is trained on the model's device.
 
-    `topk` is trained by SAELens's trainer, the other architectures by the loop of this package. Their figures go to
-    `curve.jsonl` beside the checkpoints and into `provenance.json`.
+    The figures on the way go to `curve.jsonl` beside the checkpoints and into `provenance.json`.
 
     Args:
         loss_tokens: the report's cross-entropies are measured on about this many tokens (see `evaluate`).
         measure_steps: the loss recovered is measured on held-out documents every so many steps; 0 for never.
-        checkpoint_steps: steps from one checkpoint to the next; SAELens's trainer makes four in all.
+        checkpoint_steps: steps from one checkpoint to the next.
         loggers: `tensorboard` or `wandb`, for the figures.
 
     Raises:
@@ -71,7 +69,7 @@ def train(
     training, held_out, sources = recipe_documents(recipe, model, Path(text_root))
     work = Path(work_dir) if work_dir else out_dir.with_name(out_dir.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
-    begun = work / f"{out_dir.name}.begun.json"
+    begun = work / f"{out_dir.name}-{content_key(str(out_dir.resolve()))}.begun.json"
     settings = {**asdict(recipe), "activations (model, texts, windows)": store_key(recipe, model, training)}
     if begun.is_file():  # refused now rather than after the activations, which can take an hour, were read
         begin_or_go_on(begun, settings)
@@ -80,17 +78,18 @@ def train(
         raise ValueError(f"{len(store)} tokens are fewer than one batch of {recipe.batch_size}: more texts are needed")
     begin_or_go_on(begun, settings)
     name = model_identity(model)["name"]
-    options: dict[str, Any] = {
-        "measure": _loss_recovered(model, held_out, loss_tokens) if measure_steps else None,
-        "measure_steps": measure_steps,
-        "device": model_device(model),
-        "open_loggers": lambda folder: open_loggers(loggers, folder, recipe.name, asdict(recipe)),
-    }
-    if recipe.architecture == "topk":
-        fitted = fit_by_sae_lens(recipe, store, name, work, **options)
-    else:
-        options |= {"checkpoint_steps": checkpoint_steps, "progress": progress}
-        fitted = fit_by_loop(recipe, store, name, work, **options)
+    fitted = fit_recipe(
+        recipe,
+        store,
+        name,
+        work,
+        measure=_loss_recovered(model, held_out, loss_tokens) if measure_steps else None,
+        measure_steps=measure_steps,
+        checkpoint_steps=checkpoint_steps,
+        device=model_device(model),
+        open_loggers=lambda folder: open_loggers(loggers, folder, recipe.name, asdict(recipe)),
+        progress=progress,
+    )
     trained = write_dictionary(
         out_dir,
         recipe,

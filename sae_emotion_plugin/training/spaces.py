@@ -1,10 +1,11 @@
 """The space that a dictionary is trained in: activations centred and divided by one number; and the way back.
 
 Codes of the saved dictionary are in units of the residual stream, and its decoder rows are unit vectors. A dictionary
-on layer-normed inputs needs none of it, and is saved as it is.
+on layer-normed inputs has mean 0 and scale 1 here: it finds its space itself.
 """
 
 import json
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_emotion_plugin.activation_store import ActivationStore
-from sae_emotion_plugin.files import write_whole
+from sae_emotion_plugin.files import write_whole, writing
 from sae_emotion_plugin.recipes import TrainingRecipe
 
 SAMPLE = 100_000
 """Tokens that the mean and the scale are measured on."""
+SUMMED = 4096
+"""Of them at a time."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,14 @@ def finite_sample(store: ActivationStore, seed: int) -> Float[Tensor, "token d_i
 
 def training_space(sample: Float[Tensor, "token d_in"]) -> TrainingSpace:
     """The space in which the sample has mean 0 and mean square 1."""
-    mean = sample.double().mean(0)
+    # Summed in double precision by parts: the sample of a wide model is gigabytes as it is.
+    parts = sample.split(SUMMED)
+    mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(sample)
     # One number for all dimensions keeps angles, and so unit decoder rows, what they are in the residual stream.
-    scale = float((sample.double() - mean).square().mean().sqrt())
-    if not scale:
+    squares = sum(float((part.double() - mean).square().sum()) for part in parts)
+    if not squares:
         raise ValueError("all activations are equal: there is nothing to train on")
-    return TrainingSpace(mean.float(), scale)
+    return TrainingSpace(mean.float(), math.sqrt(squares / sample.numel()))
 
 
 def sae_metadata(recipe: TrainingRecipe, model_name: str) -> Any:
@@ -70,6 +75,11 @@ def sae_metadata(recipe: TrainingRecipe, model_name: str) -> Any:
 
 def save_folded(sae: Any, space: TrainingSpace, folder: Path) -> None:
     """Write the inference SAE for raw activations: unit decoder rows and float16 matrices, float32 vectors."""
+    with writing(folder):
+        _save_folded(sae, space, folder)
+
+
+def _save_folded(sae: Any, space: TrainingSpace, folder: Path) -> None:
     sae.save_inference_model(folder)
     state = load_file(folder / "sae_weights.safetensors")
     # x = mean + scale * y: y - b = (x - (mean + scale * b)) / scale, and the reconstruction is scaled back. With the

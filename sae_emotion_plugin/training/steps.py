@@ -71,6 +71,8 @@ class Trainer:
         self.tokens = 0
         self.first_fvu = math.nan
         self.running_fvu = math.nan
+        self.best_fvu = math.inf
+        """The lowest of those running means."""
         width = sae.cfg.d_sae
         self.silent_tokens = torch.zeros(width, dtype=torch.int64, device=sae.device)
         self.fired_since = torch.zeros(width, dtype=torch.int64, device=sae.device)
@@ -87,6 +89,11 @@ class Trainer:
     def dead(self) -> Bool[Tensor, " feature"]:
         """Features that were silent for the whole window."""
         return self.silent_tokens >= self.settings.dead_token_window
+
+    @property
+    def knows_dead(self) -> bool:
+        """Whether the training is as long as the window yet: before, none can be dead."""
+        return self.tokens >= self.settings.dead_token_window
 
     @property
     def moments(self) -> dict[str, Mapping[str, Tensor]]:
@@ -137,7 +144,7 @@ class Trainer:
         """Treat features as new: no moments, no mean of former weights, and not dead."""
         forget(self.moments, features)
         for name, average in self.averages.items():
-            if len(average) == self.sae.cfg.d_sae:
+            if name != "b_dec":  # all others have a row for each feature
                 average[features] = self.rows[name].detach()[features]
         self.silent_tokens[features] = 0
 
@@ -173,7 +180,7 @@ class Trainer:
             tensors |= {f"adam.{key}.{name}": tensor for key, tensor in moments.items()}
         tensors["silent_tokens"], tensors["fired_since"] = self.silent_tokens, self.fired_since
         tensors["generator"] = torch.random.get_rng_state()
-        names = ("tokens", "tokens_since", "first_fvu", "running_fvu")
+        names = ("tokens", "tokens_since", "first_fvu", "running_fvu", "best_fvu")
         return Checkpoint(self.step_number, tensors, {name: getattr(self, name) for name in names})
 
     @torch.no_grad()
@@ -212,6 +219,7 @@ class Trainer:
         if math.isnan(self.first_fvu):
             self.first_fvu = self.running_fvu = fvu
         self.running_fvu = MEMORY * self.running_fvu + (1 - MEMORY) * fvu
+        self.best_fvu = min(self.best_fvu, self.running_fvu)
         if not self.running_fvu <= DIVERGED * max(1.0, self.first_fvu):
             raise self._diverged(f"the FVU rose from {self.first_fvu:.3g} to {self.running_fvu:.3g}")
 

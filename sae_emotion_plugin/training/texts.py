@@ -54,7 +54,7 @@ def recipe_documents(
         record.append(
             {
                 "path": source.path,
-                **({"dataset": source.dataset} if source.dataset else {}),
+                **({"dataset": source.dataset, "revision": source.revision} if source.dataset else {}),
                 "licence": source.licence,
                 "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
                 "training_texts": len(texts),
@@ -94,7 +94,8 @@ def fetch(source: TextSource, path: Path) -> None:
     if path.suffix != ".jsonl":
         raise ValueError(f"texts: {source.path} is to hold a data set (valid: a name that ends in .jsonl)")
     try:
-        rows = itertools.islice(load_dataset(str(source.dataset), split=source.split, streaming=True), source.rows)
+        where: dict[str, Any] = {"split": source.split, "revision": source.revision}
+        rows = itertools.islice(load_dataset(str(source.dataset), **where, streaming=True), source.rows)
         # What a data set's host, its name and its files can do wrong has no common class.
         found = [_document(dict(row), source) for row in rows]
     except KeyError as error:

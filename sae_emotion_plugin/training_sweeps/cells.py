@@ -18,9 +18,7 @@ from sae_emotion_plugin.messages import first_line
 from sae_emotion_plugin.models import model_identity
 from sae_emotion_plugin.reference_saes import TRAINED, encode_beside, firing_counts, random_directions_sae
 from sae_emotion_plugin.training.dictionaries import TrainedDictionary, write_dictionary
-from sae_emotion_plugin.training.own_loop import fit_by_loop, loop_settings
-from sae_emotion_plugin.training.sae_lens_trainer import fit_by_sae_lens
-from sae_emotion_plugin.training.spaces import Fitted
+from sae_emotion_plugin.training.fitting import fit_recipe, loop_settings
 from sae_emotion_plugin.training.steps import TrainingDiverged
 from sae_emotion_plugin.training_sweeps.design import Cell, SweepDesign
 from sae_emotion_plugin.training_sweeps.results import SweepCell
@@ -91,8 +89,9 @@ def run_cell(cell: Cell, shared: Shared, folder: Path, work: Path, progress: boo
         "versions": record.get("versions", {}),
         "model": model_identity(shared.model),
     }
+    # Checkpoints are several times the dictionary, which is whole by now; they go before the cell counts as done.
+    shutil.rmtree(own_work, ignore_errors=True)
     write_whole(_file(cell, folder), json.dumps(kept, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
-    shutil.rmtree(own_work, ignore_errors=True)  # checkpoints are several times the dictionary
     return found
 
 
@@ -106,7 +105,8 @@ def _trained(cell: Cell, shared: Shared, folder: Path, work: Path, progress: boo
         if kept.recipe == cell.recipe and kept.provenance().get("activations") == shared.store.key:
             return kept
         shutil.rmtree(folder)
-    fitted = _fitted(cell, shared, work, progress)
+    name = model_identity(shared.model)["name"]
+    fitted = fit_recipe(cell.recipe, shared.store, name, work, progress=progress)
     provenance = {
         "texts": shared.sources,
         "training_tokens": len(shared.store),
@@ -121,13 +121,6 @@ def _trained(cell: Cell, shared: Shared, folder: Path, work: Path, progress: boo
         fitted.save,
         provenance,
     )
-
-
-def _fitted(cell: Cell, shared: Shared, work: Path, progress: bool) -> Fitted:
-    name = model_identity(shared.model)["name"]
-    if cell.recipe.architecture == "topk":
-        return fit_by_sae_lens(cell.recipe, shared.store, name, work)
-    return fit_by_loop(cell.recipe, shared.store, name, work, progress=progress)
 
 
 def _measured(
@@ -168,7 +161,7 @@ def _measured(
 
 def _row(cell: Cell, shared: Shared, **figures: Any) -> SweepCell:
     recipe = cell.recipe
-    lr = recipe.lr if recipe.architecture == "topk" else loop_settings(recipe, len(shared.store)).step.lr
+    lr = loop_settings(recipe, len(shared.store)).step.lr
     axes = {"k": recipe.k, "l1": recipe.l1_coefficient, "lr": lr, "seed": recipe.seed}
     return SweepCell(name=cell.name, expansion=cell.expansion, d_sae=recipe.d_sae, **axes, **figures)
 

@@ -92,6 +92,9 @@ class SweepDesign:
                 parts.append(f"lr{lr:g}")
             name = "-".join([*parts, f"seed{seed}"])
             found.append(Cell(name, expansion, replace(self.recipe, name=f"{self.recipe.name}-{name}", **changes)))
+        names = [cell.name for cell in found]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two trainings would be called {twice[0]}: their values differ too little")
         return tuple(found)
 
     def settings(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The cells of a sweep -> the laws that their losses, compute and learning rates follow, or why there are none."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -47,24 +48,25 @@ def scaling_laws(rows: Sequence[SweepCell], d_in: int, seed: int = 0) -> tuple[S
         laws.append(fit_power_law(compute, losses, name=f"L(C), {sparsity}", variable="C", seed=seed))
         needed = [(row.d_sae, tokens_to_convergence(*np.array(row.curve).reshape(-1, 2).T)) for row in own]
         known = [(width, tokens) for width, tokens in needed if tokens is not None]
-        laws.append(
-            fit_power_law(
-                [width for width, _ in known],
-                [tokens for _, tokens in known],
-                name=f"tokens to convergence, {sparsity}",
-                variable="converged N",
-                rising=True,
-                seed=seed,
-            )
+        law = fit_power_law(
+            [width for width, _ in known],
+            [tokens for _, tokens in known],
+            name=f"tokens to convergence, {sparsity}",
+            variable="converged N",
+            rising=True,
+            seed=seed,
         )
+        # What had not converged would have needed more tokens than it had: without it the law is too flat.
+        unfinished = f"{len(needed) - len(known)} of {len(needed)} trainings had not converged at their end"
+        laws.append(replace(law, note=f"{unfinished} and are left out" if len(known) < len(needed) else ""))
     sparse = [row for row in best if row.k is not None]
     if sparse:
         points = [row.d_sae for row in sparse], [row.k or 0 for row in sparse], [row.fvu or 0.0 for row in sparse]
         laws.append(fit_width_and_sparsity(*points, seed=seed))
     lowest = {(row.d_sae, row.sparsity, row.seed): row.fvu or 0.0 for row in best}
-    tried = [row for row in rows if (row.d_sae, row.sparsity, row.seed) in lowest]
-    stable = [row.fvu is not None and row.fvu <= UNSTABLE * lowest[row.d_sae, row.sparsity, row.seed] for row in tried]
-    laws.append(fit_stable_rate([row.d_sae for row in tried], [row.lr for row in tried], stable, seed=seed))
+    limits = [UNSTABLE * lowest.get((row.d_sae, row.sparsity, row.seed), 0.0) for row in rows]
+    stable = [row.fvu is not None and row.fvu <= limit for row, limit in zip(rows, limits, strict=True)]
+    laws.append(fit_stable_rate([row.d_sae for row in rows], [row.lr for row in rows], stable, seed=seed))
     return tuple(laws)
 
 

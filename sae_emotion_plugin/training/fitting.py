@@ -1,8 +1,11 @@
-"""A recipe by the loop of this package: the SAE that its architecture names, its space, and its settings."""
+"""A recipe over collected activations: the SAE that its architecture names, its space and its settings, fitted."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,8 +26,17 @@ from sae_emotion_plugin.training.spaces import (
 )
 from sae_emotion_plugin.training.steps import StepSettings
 
+logger = logging.getLogger(__name__)
 
-def fit_by_loop(
+Loggers = AbstractContextManager[Sequence[Callable[[Mapping[str, Any]], None]]]
+FROZEN_PARTS: dict[str | None, Literal["decoder", "encoder"]] = {
+    "frozen-decoder": "decoder",
+    "frozen-encoder": "encoder",
+}
+"""The side that keeps its random start, by the kind of reference."""
+
+
+def fit_recipe(
     recipe: TrainingRecipe,
     store: ActivationStore,
     model_name: str,
@@ -34,7 +46,7 @@ def fit_by_loop(
     measure_steps: int = 0,
     checkpoint_steps: int = 200,
     device: str | torch.device = "cpu",
-    open_loggers: Callable[[Path], Sequence[Callable[[Mapping[str, Any]], None]]] = lambda folder: (),
+    open_loggers: Callable[[Path], Loggers] = lambda folder: nullcontext(()),
     progress: bool = True,
 ) -> Fitted:
     """The SAE of a recipe, trained from the last checkpoint in `work` if there is one.
@@ -52,7 +64,9 @@ def fit_by_loop(
         sae = training_sae(recipe, sample.shape[1], sae_metadata(recipe, model_name)).to(torch.device(device))
     if layer_normed:
         sae.initialize_from(sample, recipe.seed)
-    folder = work / f"checkpoints-{content_key(recipe.to_yaml(), store.key)}"
+    # Of other versions too: what is said to come from these must not go on from weights of others.
+    versions = [metadata.version(name) for name in ("sae-emotion-plugin", "sae-lens", "torch")]
+    folder = work / f"checkpoints-{content_key(recipe.to_yaml(), store.key, versions)}"
 
     def batches(first_step: int) -> Iterator[Float[Tensor, "token d_in"]]:
         raw = store.batches(recipe.batch_size, recipe.seed, first_step)
@@ -61,16 +75,24 @@ def fit_by_loop(
     def draw(rng: np.random.Generator, n: int) -> Float[Tensor, "token d_in"]:
         return space.enter(store.rows(rng.choice(len(store), size=min(n, len(store)), replace=False)))
 
-    training = fit(
-        sae,
-        batches,
-        loop_settings(recipe, len(store), measure_steps, checkpoint_steps),
-        folder,
-        sample=draw,
-        measure=measure and (lambda: measure(inference_sae(Fitted(sae, space, {})))),
-        loggers=open_loggers(folder),
-        progress=progress,
-    )
+    settings = loop_settings(recipe, len(store), measure_steps, checkpoint_steps)
+    if (tokens := settings.step.steps * recipe.batch_size) < recipe.dead_token_window:
+        logger.warning(
+            "the training has %d tokens, fewer than dead_token_window (%d): no feature will count as dead, nor be "
+            "revived for it; a quarter of the tokens is a usual window",
+            *(tokens, recipe.dead_token_window),
+        )
+    with open_loggers(folder) as loggers:
+        training = fit(
+            sae,
+            batches,
+            settings,
+            folder,
+            sample=draw,
+            measure=measure and (lambda: measure(inference_sae(Fitted(sae, space, {})))),
+            loggers=loggers,
+            progress=progress,
+        )
     if recipe.architecture == "jumprelu":
         sae.fold_W_dec_norm()  # what is saved has unit rows, whatever made it
     return Fitted(sae, space, training.to_dict())
@@ -83,6 +105,7 @@ def training_sae(recipe: TrainingRecipe, d_in: int, metadata: Any) -> Any:
         BatchTopKTrainingSAEConfig,
         JumpReLUTrainingSAE,
         JumpReLUTrainingSAEConfig,
+        TopKTrainingSAEConfig,
     )
 
     from sae_emotion_plugin.architectures import (
@@ -90,10 +113,16 @@ def training_sae(recipe: TrainingRecipe, d_in: int, metadata: Any) -> Any:
         OpenAITopKTrainingSAEConfig,
         ReluL1TrainingSAE,
         ReluL1TrainingSAEConfig,
+        SparseStepTopKTrainingSAE,
     )
 
     common: dict[str, Any] = {"d_in": d_in, "d_sae": recipe.d_sae, "metadata": metadata}
     match recipe.architecture:
+        case "topk":
+            names = ("k", "aux_loss_coefficient")
+            # Tied, unit-norm start: the encoder begins as the decoder's transpose (arXiv 2406.04093, A.1).
+            config = TopKTrainingSAEConfig(**common, decoder_init_norm=1.0, **recipe.values(*names))
+            return SparseStepTopKTrainingSAE(config, frozen=FROZEN_PARTS.get(recipe.reference))
         case "openai-topk":
             names = ("k", "aux_loss_coefficient", "k_aux", "multi_topk", "multi_topk_weight", "tied_init")
             return OpenAITopKTrainingSAE(OpenAITopKTrainingSAEConfig(**common, **recipe.values(*names)))
@@ -102,12 +131,13 @@ def training_sae(recipe: TrainingRecipe, d_in: int, metadata: Any) -> Any:
             return ReluL1TrainingSAE(ReluL1TrainingSAEConfig(**common, **recipe.values(*names)))
         case "batchtopk":
             names = ("k", "aux_loss_coefficient")
-            config = BatchTopKTrainingSAEConfig(**common, decoder_init_norm=1.0, **recipe.values(*names))
-            return BatchTopKTrainingSAE(config)
+            return BatchTopKTrainingSAE(
+                BatchTopKTrainingSAEConfig(**common, decoder_init_norm=1.0, **recipe.values(*names))
+            )
         case "jumprelu":
             names = ("l0_coefficient", "l0_warm_up_steps", "jumprelu_bandwidth", "jumprelu_init_threshold")
             return JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**common, **recipe.values(*names)))
-    raise ValueError(f"architecture {recipe.architecture!r} is not trained by this loop")
+    raise ValueError(f"architecture {recipe.architecture!r} has no training SAE")
 
 
 def loop_settings(
