@@ -15,7 +15,7 @@ def trained_a_little(kind: type[TopKTrainingSAE], rescale: bool = True) -> TopKT
     sae = kind(config)
     torch.manual_seed(1)
     for parameter in sae.parameters():
-        parameter.data = torch.randn_like(parameter) * 0.3
+        parameter.data.copy_(torch.randn(parameter.shape) * 0.3)
     return sae
 
 

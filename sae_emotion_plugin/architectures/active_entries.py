@@ -125,6 +125,11 @@ def make_unit_rows_(rows: Float[Tensor, "feature d_in"]) -> None:
     rows.div_(rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny))
 
 
+def keep_as_rows_(encoder: torch.nn.Parameter) -> None:
+    """Lay a `[d_in, feature]` matrix out in memory as a row for each feature: so its gradient comes."""
+    encoder.data = encoder.data.T.contiguous().T
+
+
 @torch.no_grad()
 def elsewhere(rows: Float[Tensor, "feature d_in"]) -> Float[Tensor, "feature d_in"]:
     """Random rows as long as these, from torch's global generator: an encoder's start that is not tied to them."""

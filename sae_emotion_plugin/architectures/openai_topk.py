@@ -76,8 +76,7 @@ class OpenAITopKTrainingSAE(UnitRows, TopKTrainingSAE):
         super().__init__(cfg, use_error_term)
         if not cfg.tied_init:
             self.W_enc.data = active_entries.elsewhere(self.W_dec.data).T
-        # In memory a row for each feature, as the decoder: so its gradient comes, and a feature is one piece.
-        self.W_enc.data = self.W_enc.data.T.contiguous().T
+        active_entries.keep_as_rows_(self.W_enc)
 
     @torch.no_grad()
     def initialize_from(self, sample: Float[Tensor, "token d_in"], seed: int = 0) -> None:

@@ -33,6 +33,7 @@ class SparseStepTopKTrainingSAE(StepsSparsely, TopKTrainingSAE):
         super().__init__(cfg, use_error_term)
         if frozen is not None:
             (self.W_dec if frozen == "decoder" else self.W_enc).requires_grad_(False)
+        active_entries.keep_as_rows_(self.W_enc)
 
     def sparse_step(self, step_input: TrainStepInput) -> SparseStep:
         if not self.cfg.rescale_acts_by_decoder_norm or self.cfg.normalize_activations != "none":
