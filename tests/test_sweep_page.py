@@ -47,9 +47,9 @@ def test_laws_stand_with_their_left_out_points_and_missing_ones_with_the_reason(
 def test_the_answer_is_given_in_words(sweep: TrainingSweep) -> None:
     text = headline(sweep)
     assert text.startswith(
-        "14 trainings from x2 to x16. AUROC per doubling of the width: +0.010 [+0.010, +0.010], so it"
+        "14 trainings from x2 to x16. After 200,000 tokens the FVU is lowest at x16 with k 16, x16 with k 32. FVU per "
     )
-    assert "so it rises" in text
+    assert "AUROC per doubling: +0.010 [+0.010, +0.010], so it rises." in text and "so it falls" in text
     few = sweep_of(ROWS[:2])
     assert "too few for a trend" in headline(few) and "no law, see below" in render(few)
 

@@ -308,8 +308,14 @@ def test_laws_are_fitted_for_each_sparsity_and_find_what_was_planted() -> None:
     converged = {one.name: one.value for one in laws["tokens to convergence, k 32"].parameters}
     assert converged["b"] == pytest.approx(1, abs=0.3)
     assert "needs 4 widths with a stable rate" in str(laws["lr(N)"])
-    for trend in trends(rows):
-        assert trend.value == pytest.approx(0.01)
+    found = {trend.name: trend for trend in trends(rows)}
+    assert list(found) == [  # none of the loss recovered, which no cell has
+        "FVU per doubling of the width",
+        "AUROC per doubling",
+        "margin over random directions per doubling",
+    ]
+    fvu, *aurocs = found.values()
+    assert all(trend.value == pytest.approx(0.01) for trend in aurocs) and fvu.high < 0
 
 
 def test_the_best_learning_rate_stands_for_a_width_and_diverged_ones_bound_the_stable_rate() -> None:

@@ -48,7 +48,12 @@ def headline(sweep: TrainingSweep) -> str:
     diverged = sum(row.fvu is None for row in sweep.rows)
     text = f"{len(sweep.rows)} trainings from {ends}" + (f", {diverged} of which diverged. " if diverged else ". ")
     if not sweep.trends:
-        return text + "They are too few for a trend of the emotion AUROC with the width."
+        return text + "They are too few for a trend with the width."
+    lowest = []
+    for sparsity in dict.fromkeys(row.sparsity for row in known):
+        best = min((row for row in known if row.sparsity == sparsity), key=lambda row: row.fvu or 0.0)
+        lowest.append(f"x{best.expansion:g} with {sparsity}")
+    text += f"After {number(sweep.meta['training_tokens'], 0)} tokens the FVU is lowest at {', '.join(lowest)}. "
     return text + " ".join(_trend(one.name, one.value, one.low, one.high) for one in sweep.trends)
 
 

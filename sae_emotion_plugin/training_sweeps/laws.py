@@ -70,15 +70,21 @@ def scaling_laws(rows: Sequence[SweepCell], d_in: int, seed: int = 0) -> tuple[S
     return tuple(laws)
 
 
+TRENDS = (
+    ("FVU per doubling of the width", "fvu"),
+    ("loss recovered per doubling", "loss_recovered"),
+    ("AUROC per doubling", "auroc"),
+    ("margin over random directions per doubling", "margin"),
+)
+
+
 def trends(rows: Sequence[SweepCell]) -> tuple[Estimate, ...]:
-    """What a doubling of the width adds to the AUROC and to its margin over random directions; nothing of few cells."""
-    best = [row for row in best_rates(rows) if row.auroc is not None]
+    """What a doubling of the width adds to each figure of `TRENDS`; nothing where the cells are too few."""
     found = []
-    for name, values in (
-        ("AUROC per doubling of the width", [row.auroc or 0.0 for row in best]),
-        ("margin over random directions per doubling", [row.margin or 0.0 for row in best]),
-    ):
-        groups = [(row.sparsity, row.seed) for row in best]
-        if best and (slope := per_doubling([row.d_sae for row in best], values, groups)) is not None:
+    for name, figure in TRENDS:
+        known = [(row, value) for row in best_rates(rows) if (value := getattr(row, figure)) is not None]
+        groups = [(row.sparsity, row.seed) for row, _ in known]
+        widths, values = [row.d_sae for row, _ in known], [value for _, value in known]
+        if known and (slope := per_doubling(widths, values, groups)) is not None:
             found.append(Estimate(name, slope.value, slope.low, slope.high))
     return tuple(found)
