@@ -9,7 +9,7 @@ from sae_emotion_plugin.recipes import TextSource
 from sae_emotion_plugin.training import texts
 from sae_emotion_plugin.training.texts import fetch
 
-SOURCE = TextSource("ko.jsonl", dataset="owner/texts", columns=("question", "answer"), rows=2)
+SOURCE = TextSource("ko.jsonl", dataset="owner/texts", revision="abc123", columns=("question", "answer"), rows=2)
 ROWS = [
     {"question": "왜?", "answer": " 그래서. "},
     {"question": "who", "answer": None},
@@ -27,7 +27,7 @@ def test_a_data_set_is_written_once_row_by_row_in_its_order(tmp_path: Path, monk
     monkeypatch.setattr(datasets, "load_dataset", load)
     path = tmp_path / "texts" / "ko.jsonl"
     fetch(SOURCE, path)
-    assert asked == [("owner/texts", {"split": "train", "streaming": True})]
+    assert asked == [("owner/texts", {"split": "train", "revision": "abc123", "streaming": True})]
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"text": "왜?\n그래서."}, {"text": "who"}]
     assert [one.name for one in path.parent.iterdir()] == ["ko.jsonl"]
 
