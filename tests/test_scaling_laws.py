@@ -151,6 +151,13 @@ def test_a_surface_needs_widths_and_sparsities() -> None:
     no_fit(fit_width_and_sparsity(n[some], k[some], losses[some]), "needs 7 different points without")
 
 
+@pytest.mark.parametrize("rising", [0.0, 0.02])
+def test_losses_that_do_not_fall_with_the_width_have_no_surface(rising: float) -> None:
+    n, k, _ = surface()
+    flat = noisy(0.6 * k**-0.4 * (n / n.mean()) ** rising, 1, 0.01)
+    no_fit(fit_width_and_sparsity(n, k, flat, resamples=100), "21 points do not tell that it falls with N")
+
+
 def ladder(exponent: float, widths: np.ndarray = WIDTHS) -> tuple[list[float], list[float], list[bool]]:
     """Rates a factor of 2 apart, stable up to (2,000 / N) ** exponent / 100."""
     runs = [(n, 2.0**-step) for n in widths.tolist() for step in range(14)]

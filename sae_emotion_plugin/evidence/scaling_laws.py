@@ -208,6 +208,9 @@ def fit_width_and_sparsity(
     best, refits = draw.fits(points, ys)
     if not np.isfinite(best).all():
         return _none(law, "no parameters were found")
+    # In centred logarithms this is the slope of the reducible part along N at the mean log K.
+    if not np.nanquantile(refits[:, 2], (1 + level) / 2) < 0:
+        return _none(law, f"{len(ys)} points do not tell that it falls with N")
     names = ("alpha", "beta_k", "beta_n", "gamma", "zeta", "eta")
     own = [_uncentred(one, float(centre[0, 0]), float(centre[1, 0])) for one in (best[None], refits)]
     return _fitted(law, names, own[0][0], own[1], draw.left_out(("N", "K"), points, ys))
