@@ -9,6 +9,7 @@ from torch import Tensor
 
 COSINES_AT_ONCE = 16 * 1024 * 1024
 """Cosines that exist at a time, 64 MiB in float32, and a few times that with what is made of them."""
+QUANTILE = 0.99
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class DecoderCosines:
 
 
 @torch.no_grad()
-def decoder_cosines(rows: Float[Tensor, "feature d_in"], quantile: float = 0.99) -> DecoderCosines:
+def decoder_cosines(rows: Float[Tensor, "feature d_in"]) -> DecoderCosines:
     """|cos| between all pairs of rows, in blocks: exact, without a matrix of all pairs. A row of zeros has cosine 0.
 
     Raises:
@@ -48,7 +49,7 @@ def decoder_cosines(rows: Float[Tensor, "feature d_in"], quantile: float = 0.99)
     # Divided by the largest entry first, so that a tiny row's norm does not vanish.
     largest = rows.abs().amax(dim=-1, keepdim=True)
     units = torch.nn.functional.normalize(rows.float() / largest.clamp(min=torch.finfo(torch.float32).tiny), dim=-1)
-    place = quantile * (n - 2)
+    place = QUANTILE * (n - 2)
     tail = n - 1 - math.floor(place)
     total, quantiles, maxima = 0.0, torch.empty(n), torch.empty(n)
     for first in range(0, n, max(1, COSINES_AT_ONCE // n)):
