@@ -6,8 +6,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sae_emotion_plugin.activation_store import ActivationStore, collect
-from sae_emotion_plugin.activations import canonical_hook
+from sae_emotion_plugin.activations import hook_capture
 from sae_emotion_plugin.emotion_texts import LabelledTexts, without_overlap
 from sae_emotion_plugin.models import model_identity
 from sae_emotion_plugin.pages.sweep import write_sweep_page
@@ -47,12 +49,16 @@ def sweep_recipe(
         say: gets a line about each cell.
 
     Raises:
-        ValueError, FileNotFoundError: `out_dir` holds a sweep of another design (what differs is named), a text file is
-            missing, the model lacks the hook, a k is above a width, or there are fewer tokens than one batch.
+        ValueError, FileNotFoundError: `out_dir` holds a sweep of another design (what differs is named) or other
+            files, a text file is missing, the model lacks the hook, a k is above a width, or there are fewer tokens
+            than one batch.
     """
     recipe = design.recipe
     out_dir = Path(out_dir)
-    canonical_hook(model, recipe.hook_name)
+    _check_out(out_dir)
+    # Of one token, so that a k above a width is refused before anything is read.
+    d_in = hook_capture(model, recipe.hook_name)(torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
+    cells = design.cells(d_in)
     training, held_out, sources = recipe_documents(recipe, model, Path(text_root))
     training = first_tokens(model, training, design.tokens)
     work, folder = out_dir / "work", out_dir / "cells"
@@ -66,8 +72,6 @@ def sweep_recipe(
     store = collect(recipe, model, training, work, progress)
     if len(store) < recipe.batch_size:
         raise ValueError(f"{len(store)} tokens are fewer than one batch of {recipe.batch_size}: more texts are needed")
-    d_in = store.shards[0].shape[1]
-    cells = design.cells(d_in)
     begin_or_go_on(begun, settings)
     shards = sorted((work / f"activations-{store.key}").glob("[0-9]*.npy"))[:SAMPLE_SHARDS]
     choosing, scoring = (LabelledTexts.bundled("en") if texts is None else texts).split(0.5, recipe.seed)
@@ -108,3 +112,12 @@ def sweep_recipe(
     sweep.save(out_dir / "sweep.json")
     write_sweep_page(out_dir / "index.html", sweep)
     return sweep
+
+
+def _check_out(out_dir: Path) -> None:
+    """ValueError for a file, and for a folder that holds anything but a sweep."""
+    if out_dir.exists() and not out_dir.is_dir():
+        raise ValueError(f"{out_dir} is a file: choose a folder")
+    others = sorted({path.name for path in out_dir.glob("*")} - {"cells", "work"})
+    if others and not (out_dir / "design.json").is_file():
+        raise ValueError(f"{out_dir} holds {others[0]}, and no sweep: choose a folder that does not exist")

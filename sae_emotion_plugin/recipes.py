@@ -123,7 +123,7 @@ class TrainingRecipe:
     batch_size: int = 2048
     """Tokens of a training step."""
     lr_warm_up_steps: int = 50
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up, a tenth of all at most."""
     lr_decay_share: float = 0.25
     """Share of the steps, at the end, with linear decay to zero."""
     dead_token_window: int = 200_000

@@ -148,12 +148,12 @@ def user_folder() -> Path:
 def entries() -> tuple[RegistryEntry, ...]:
     """Every release, packaged ones first, each folder in the order of its file names.
 
-    Raises ValueError for a broken file or a release that two files define, FileNotFoundError when
-    ``$SAE_EMOTION_REGISTRY`` names no folder.
+    Raises ValueError for a broken file or a release that two files define, NotADirectoryError when
+    ``$SAE_EMOTION_REGISTRY`` names a file. A folder that does not exist yet has no releases.
     """
     own = user_folder()
-    if os.environ.get(FOLDER_VARIABLE) and not own.is_dir():
-        raise FileNotFoundError(f"{FOLDER_VARIABLE} is {str(own)!r}, which is not a folder")
+    if own.exists() and not own.is_dir():
+        raise NotADirectoryError(f"{FOLDER_VARIABLE} is {str(own)!r}, which is not a folder")
     folders = dict.fromkeys(folder.resolve() for folder in (packaged_folder(), own) if folder.is_dir())
     return tuple(entry for entry, _ in entries_in(*folders).values())
 

@@ -167,7 +167,9 @@ def test_only_yaml_files_at_the_top_of_a_folder_are_releases(folders):
 def test_the_users_folder_is_named_by_the_variable_or_lies_in_the_data_folder(tmp_path, monkeypatch, folders):
     assert registry.user_folder() == folders[1]
     monkeypatch.setenv(registry.FOLDER_VARIABLE, str(tmp_path / "absent"))
-    with pytest.raises(FileNotFoundError, match=r"SAE_EMOTION_REGISTRY is '.*absent', which is not a folder"):
+    assert registry.entries() == ()
+    (tmp_path / "absent").write_text("a file")
+    with pytest.raises(NotADirectoryError, match=r"SAE_EMOTION_REGISTRY is '.*absent', which is not a folder"):
         registry.entries()
     monkeypatch.delenv(registry.FOLDER_VARIABLE)
     monkeypatch.setattr(registry.platformdirs, "user_data_dir", lambda name: str(tmp_path / "data" / name))

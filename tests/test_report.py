@@ -521,7 +521,7 @@ def test_the_offensive_text_warning_and_the_method_stand_at_the_top(source: str)
 def test_provenance_lists_every_fact_of_the_run(page: Page):
     assert "a5fd3b62" * 8 in page.prose
     assert "5 min 12 s" in page.prose and "sae-lens 6.54.12" in page.prose and "2,400,000" in page.prose
-    assert "Dead features 3 " in page.prose and "Model alone 3.61" in page.prose
+    assert "Dead features 3 " in page.prose and "Cross-entropy of the model alone 3.61" in page.prose
 
 
 def test_well_known_emotions_keep_their_colours_and_others_get_free_ones():

@@ -523,6 +523,7 @@ def test_a_training_that_diverges_leaves_no_dictionary(lr: float, bridge: Any, r
     with pytest.raises(ValueError, match=r"diverged at step \d+: .*; look at lr"):
         run(bridge, root, tmp_path / "tiny", replace(RECIPE, lr=lr))
     assert not (tmp_path / "tiny").exists()
+    run(bridge, root, tmp_path / "tiny", replace(RECIPE, epochs=0.1))  # the advice can be followed there
 
 
 def test_a_window_of_dead_features_that_is_longer_than_the_training_is_told(

@@ -277,7 +277,16 @@ def test_a_design_that_makes_no_sense_is_refused(changes: dict[str, Any], messag
 def test_a_k_above_a_width_is_refused_before_anything_is_begun(bridge: Any, root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="k 40 is not between 1 and d_sae 32"):
         run(bridge, root, tmp_path / "sweep", replace(DESIGN, ks=(40,)))
-    assert not (tmp_path / "sweep/design.json").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_other_files_is_refused_and_kept(bridge: Any, root: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds mine\.txt, and no sweep: choose a folder that does not exist"):
+        run(bridge, root, tmp_path)
+    with pytest.raises(ValueError, match=r"mine\.txt is a file: choose a folder"):
+        run(bridge, root, tmp_path / "mine.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_too_few_tokens_for_a_batch_are_refused(bridge: Any, root: Path, tmp_path: Path) -> None:

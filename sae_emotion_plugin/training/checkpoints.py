@@ -82,6 +82,6 @@ def begin_or_go_on(path: Path, settings: Mapping[str, Any]) -> None:
     if names:
         listed = "; ".join(f"{name} was {begun.get(name)!r} and is {settings.get(name)!r}" for name in names)
         raise ValueError(
-            f"a run with another recipe was begun here: {listed}. Go on with the former one, choose another work_dir "
+            f"a run with another recipe was begun here: {listed}. Go on with the former one, begin in another folder "
             f"or delete {path}"
         )

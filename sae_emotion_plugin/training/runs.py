@@ -14,6 +14,7 @@ from sae_emotion_plugin.training.checkpoints import begin_or_go_on
 from sae_emotion_plugin.training.dictionaries import TrainedDictionary, write_dictionary
 from sae_emotion_plugin.training.fitting import fit_recipe
 from sae_emotion_plugin.training.logs import check_loggers, open_loggers
+from sae_emotion_plugin.training.steps import TrainingDiverged
 from sae_emotion_plugin.training.texts import recipe_documents
 
 SHUFFLED_MARK = "weights_shuffled"
@@ -70,7 +71,11 @@ def train(
     work = Path(work_dir) if work_dir else out_dir.with_name(out_dir.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
     begun = work / f"{out_dir.name}-{content_key(str(out_dir.resolve()))}.begun.json"
-    settings = {**asdict(recipe), "activations (model, texts, windows)": store_key(recipe, model, training)}
+    settings = {
+        **asdict(recipe),
+        **{f"SHA-256 of {source['path']}": source["sha256"] for source in sources},
+        "activations (model, texts, windows)": store_key(recipe, model, training),
+    }
     if begun.is_file():  # refused now rather than after the activations, which can take an hour, were read
         begin_or_go_on(begun, settings)
     store = collect(recipe, model, training, work, progress)
@@ -78,18 +83,22 @@ def train(
         raise ValueError(f"{len(store)} tokens are fewer than one batch of {recipe.batch_size}: more texts are needed")
     begin_or_go_on(begun, settings)
     name = model_identity(model)["name"]
-    fitted = fit_recipe(
-        recipe,
-        store,
-        name,
-        work,
-        measure=_loss_recovered(model, held_out, loss_tokens) if measure_steps else None,
-        measure_steps=measure_steps,
-        checkpoint_steps=checkpoint_steps,
-        device=model_device(model),
-        open_loggers=lambda folder: open_loggers(loggers, folder, recipe.name, asdict(recipe)),
-        progress=progress,
-    )
+    try:
+        fitted = fit_recipe(
+            recipe,
+            store,
+            name,
+            work,
+            measure=_loss_recovered(model, held_out, loss_tokens) if measure_steps else None,
+            measure_steps=measure_steps,
+            checkpoint_steps=checkpoint_steps,
+            device=model_device(model),
+            open_loggers=lambda folder: open_loggers(loggers, folder, recipe.name, asdict(recipe)),
+            progress=progress,
+        )
+    except TrainingDiverged:
+        begun.unlink(missing_ok=True)  # the way on is another recipe
+        raise
     trained = write_dictionary(
         out_dir,
         recipe,
