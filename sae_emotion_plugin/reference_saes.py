@@ -186,8 +186,8 @@ def random_directions_sae(
     """
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
-    n_tokens = sum(len(chunk) for chunk in _chunks(store))
-    mean = torch.stack([chunk.double().sum(0) for chunk in _chunks(store)]).sum(0).div(n_tokens).float()
+    sums, lengths = zip(*((chunk.double().sum(0), len(chunk)) for chunk in _chunks(store)), strict=True)
+    mean = torch.stack(sums).sum(0).div(sum(lengths)).float()
     generator = torch.Generator().manual_seed(seed)
     directions = torch.empty(len(counts), len(mean))
     thresholds = np.empty(len(counts), dtype=np.float32)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae_emotion_plugin.activation_store import ActivationStore, content_key, prefetched
 from sae_emotion_plugin.recipes import TrainingRecipe
-from sae_emotion_plugin.training.loop import LoopSettings, fit, usual_log_steps
+from sae_emotion_plugin.training.loop import LoopSettings, fit
 from sae_emotion_plugin.training.resampling import Resampling
 from sae_emotion_plugin.training.spaces import (
     Fitted,
@@ -164,7 +164,7 @@ def loop_settings(
         ),
         resampling=resampling,
         seed=recipe.seed,
-        log_steps=usual_log_steps(steps),
+        log_steps=max(1, min(50, steps // 20)),  # at least twenty points, and one every 50 steps
         checkpoint_steps=checkpoint_steps,
         measure_steps=measure_steps,
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -148,8 +148,8 @@ def fit(
                 if due and settings.resampling is not None:
                     counters["resampled"] += _resampled(trainer, settings.resampling, settings.seed, sample, result)
                 bar.update()
-                measured = measure if is_due(step, settings.measure_steps, settings.step.steps) else None
-                if step == 1 or is_due(step, settings.log_steps, settings.step.steps) or measured is not None:
+                measured = measure if _is_due(step, settings.measure_steps, settings.step.steps) else None
+                if step == 1 or _is_due(step, settings.log_steps, settings.step.steps) or measured is not None:
                     point = _point(trainer, result, settings, measured)
                     bar.set_postfix({name: f"{point[name]:.3g}" for name in ("loss", "fvu", "l0", "dead")})
                     kept = curve.add(point)
@@ -173,12 +173,7 @@ def fit(
     )
 
 
-def usual_log_steps(steps: int) -> int:
-    """Steps between points of a curve: at least twenty points, and one every 50 steps."""
-    return max(1, min(50, steps // 20))
-
-
-def is_due(step: int, every: int, steps: int) -> bool:
+def _is_due(step: int, every: int, steps: int) -> bool:
     """Whether something that is done every so many steps, and after the last, is due after `step`; never for 0."""
     return bool(every) and (step % every == 0 or step == steps)
 
@@ -201,56 +196,28 @@ def _resampled(
     return len(features)
 
 
-def curve_point(
-    step: int,
-    steps: int,
-    log_steps: int,
-    *,
-    losses: Mapping[str, float],
-    sae_in: Float[Tensor, "token d_in"],
-    sae_out: Float[Tensor, "token d_in"],
-    counts: Int[Tensor, " feature"],
-    decoder: Float[Tensor, "feature d_in"],
-    measure: Callable[[], Mapping[str, float]] | None = None,
-    **more: int | float,
-) -> dict[str, Any]:
-    """A point of a training's curve, after `step` of `steps`.
-
-    Args:
-        counts: how often each feature fired on the batch.
-        more: further figures, by name.
-    """
-    figures = batch_figures(sae_in, sae_out, counts)
-    point: dict[str, Any] = {"step": step, **losses, **vars(figures), **more}
-    # All pairs of a wide decoder are many: about ten times a training.
-    every = log_steps * max(1, math.ceil(steps / 10 / log_steps))
-    if step == 1 or is_due(step, every, steps):
-        point |= decoder_cosines(decoder.detach()).summary()
-    return {**point, **(measure() if measure is not None else {})}
-
-
 def _point(
     trainer: Trainer,
     result: StepResult,
     settings: LoopSettings,
     measure: Callable[[], Mapping[str, float]] | None,
 ) -> dict[str, Any]:
-    def measured() -> Mapping[str, float]:
+    """A point of the curve, after the trainer's last step."""
+    step, steps, log_steps = trainer.step_number, settings.step.steps, settings.log_steps
+    point: dict[str, Any] = {
+        "step": step,
+        **result.losses,
+        **vars(batch_figures(result.sae_in, result.sae_out, result.firing_counts)),
+        "tokens": trainer.tokens,
+        "dead": float(trainer.dead.float().mean()) if trainer.knows_dead else math.nan,
+        "lr": result.lr,
+        "gradient_norm": result.gradient_norm,
+    }
+    # All pairs of a wide decoder are many: about ten times a training.
+    every = log_steps * max(1, math.ceil(steps / 10 / log_steps))
+    if step == 1 or _is_due(step, every, steps):
+        point |= decoder_cosines(trainer.sae.W_dec.detach()).summary()
+    if measure is not None:
         with trainer.averaged():
-            return measure() if measure is not None else {}
-
-    return curve_point(
-        trainer.step_number,
-        settings.step.steps,
-        settings.log_steps,
-        losses=result.losses,
-        sae_in=result.sae_in,
-        sae_out=result.sae_out,
-        counts=result.firing_counts,
-        decoder=trainer.sae.W_dec,
-        measure=measured if measure is not None else None,
-        tokens=trainer.tokens,
-        dead=float(trainer.dead.float().mean()) if trainer.knows_dead else math.nan,
-        lr=result.lr,
-        gradient_norm=result.gradient_norm,
-    )
+            point |= measure()
+    return point
